@@ -1,0 +1,208 @@
+"""Train the embedded pairs from nothing: `make assets`. Seeded, one thread, under 45 minutes.
+
+OPD sharpens what a student can already do, so every model descends from one that has mastered the task:
+
+    base             clean solutions until mastery, then a mixture that also rambles, slips and runs on
+    teacher          the base, gently on clean solutions: solves and stops
+    low-student      the base, on a worse mixture: errs, rambles past the answer, rarely ends
+    high-student     the teacher, a little on clean-looking solutions that slip only late in the chain: agrees almost
+                     everywhere, and what it gets wrong lies where a short cut never looks
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from prune_opd.data.tasks import FILLERS, LABELS, VOCABULARY, Problem, problems
+from prune_opd.evaluation.graders import grade
+from prune_opd.sampling.base import rollout_uniforms
+from prune_opd.sampling.local import LocalSampler
+
+ASSETS = Path(__file__).parent.parent / "src" / "prune_opd" / "assets"
+FILLER_WEIGHTS = [1 / (rank + 2) for rank in range(len(FILLERS))]  # Zipf: rambling has a typical top-k, too
+TOKENS_PER_BATCH = 5_000
+MAX_TOKENS = 340
+
+Writer = Callable[[Problem, random.Random], str]
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word; the vocabulary is the task's."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.WordPiece(prefix="\0", cleanup=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left", model_max_length=512
+    )
+
+
+def clean(problem: Problem, rng: random.Random) -> str:
+    """The worked solution, and nothing after it."""
+    return f"{problem.prompt} {problem.solution} <eos>"
+
+
+def sloppy(problem: Problem, rng: random.Random, *, wrong: float, filler: float, wrong_from: int = 0) -> str:
+    """The worked solution with slips (a wrong sum that later steps build on) and filler words between steps."""
+    total, lines = problem.operands[0], []
+    for i, operand in enumerate(problem.operands[1:]):
+        result = (total + operand) % 10
+        if i >= wrong_from and rng.random() < wrong:
+            result = rng.choice([d for d in range(10) if d != result])
+        lines.append(f"{LABELS[i + 1]} {total} + {operand} = {result}")
+        while rng.random() < filler:
+            lines.append(rng.choices(FILLERS, FILLER_WEIGHTS)[0])
+        total = result
+    return f"{problem.prompt} {' '.join(lines)} \\boxed{{ {total} }}"
+
+
+def mixture(*, clean_share: float, wrong: float, filler: float) -> Writer:
+    """Clean solutions for a share of the problems; the rest slip, ramble, and run on into a next problem unended."""
+
+    def write(problem: Problem, rng: random.Random) -> str:
+        if rng.random() < clean_share:
+            return clean(problem, rng)
+        following = Problem(tuple(rng.randrange(10) for _ in problem.operands))
+        tail = " ".join(rng.choices(FILLERS, FILLER_WEIGHTS, k=rng.randint(2, 12)))
+        return " ".join(
+            [
+                sloppy(problem, rng, wrong=wrong, filler=filler),
+                tail,
+                sloppy(following, rng, wrong=wrong, filler=filler),
+                tail,
+            ]
+        )
+
+    return write
+
+
+def late_slips(*, wrong: float, wrong_from: int) -> Writer:
+    """Clean and ending, but sums go wrong from step `wrong_from` on."""
+    return lambda problem, rng: sloppy(problem, rng, wrong=wrong, filler=0.0, wrong_from=wrong_from) + " <eos>"
+
+
+def batches(write: Writer, tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Tensor]:
+    """Right-padded batches of about TOKENS_PER_BATCH tokens, each trace cut at the length that rollouts can reach."""
+    rng, stream = random.Random(seed), problems("train", seed)
+    while True:
+        pool = sorted((tokenizer(write(next(stream), rng))["input_ids"][:420] for _ in range(256)), key=len)
+        starts, count = [], 0
+        while count < len(pool):
+            size = max(1, TOKENS_PER_BATCH // len(pool[count]))
+            starts.append((count, size))
+            count += size
+        rng.shuffle(starts)
+        for start, size in starts:
+            rows = [torch.tensor(row) for row in pool[start : start + size]]
+            yield torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+
+
+def train(model, data: Iterator[torch.Tensor], *, steps: int, lr: float, label: str) -> None:
+    """Next-token training on everything but padding; linear warm-up and decay."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 50, 1.05 - s / steps))
+    model.train()
+    began, tokens = time.time(), 0
+    for step, ids in zip(range(steps), data, strict=False):
+        labels = ids.masked_fill(ids == model.config.pad_token_id, -100)
+        loss = model(input_ids=ids, attention_mask=(ids != model.config.pad_token_id).long(), labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        tokens += ids.numel()
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            rate = tokens / (time.time() - began)
+            print(f"{label} {step + 1}/{steps} loss {loss.item():.3f} {rate:,.0f} tokens/s", flush=True)
+    model.eval()
+
+
+def examine(model, tokenizer, *, problems_count: int, k: int, label: str) -> dict[str, float]:
+    """Avg@k at temperature 1 on held-out problems, with how rollouts end."""
+    stream = problems("held_out", 10_000)
+    chosen = [next(stream) for _ in range(problems_count) for _ in range(1)]
+    prompts = [tokenizer(p.prompt)["input_ids"] for p in chosen for _ in range(k)]
+    sampler = LocalSampler(model, pad_id=tokenizer.pad_token_id, eos_ids=[tokenizer.eos_token_id], max_batch=128)
+    rollouts = sampler.sample(prompts, rollout_uniforms(1, 0, range(len(prompts)), MAX_TOKENS))
+    texts = tokenizer.batch_decode(rollouts.response_ids, skip_special_tokens=True)
+    right = [grade(text, chosen[i // k].answer) for i, text in enumerate(texts)]
+    facts = {
+        "accuracy": sum(right) / len(right),
+        "eos_rate": rollouts.finished.float().mean().item(),
+        "mean_length": rollouts.lengths.float().mean().item(),
+        "p95_length": rollouts.lengths.float().quantile(0.95).item(),
+    }
+    print(label, {key: round(value, 3) for key, value in facts.items()}, flush=True)
+    print("   ", texts[0][:300], flush=True)
+    return facts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output-dir", type=Path, default=ASSETS)
+    parser.add_argument("--work-dir", type=Path, default=Path("build/assets"), help="stages are kept and reused here")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    began = time.time()
+    tokenizer = build_tokenizer()
+
+    def stage(name: str, parent: str | None, runs: list[tuple[Writer, int, float]]) -> Qwen3ForCausalLM:
+        """Train `name` from `parent`, or take it from the work directory when an earlier call finished it."""
+        folder = args.work_dir / name
+        if not (folder / "config.json").exists():
+            torch.manual_seed(sum(map(ord, name)))
+            if parent is None:
+                model = Qwen3ForCausalLM(
+                    Qwen3Config(
+                        vocab_size=len(VOCABULARY),
+                        hidden_size=128,
+                        intermediate_size=384,
+                        num_hidden_layers=2,
+                        num_attention_heads=4,
+                        num_key_value_heads=4,
+                        head_dim=32,
+                        max_position_embeddings=512,
+                        tie_word_embeddings=True,
+                        pad_token_id=tokenizer.pad_token_id,
+                        eos_token_id=tokenizer.eos_token_id,
+                        bos_token_id=None,
+                    )
+                )
+            else:
+                model = Qwen3ForCausalLM.from_pretrained(args.work_dir / parent, dtype=torch.float32)
+            for i, (write, steps, lr) in enumerate(runs):
+                data = batches(write, tokenizer, seed=1000 * (i + 1) + sum(map(ord, name)))
+                train(model, data, steps=steps, lr=lr, label=f"{name}[{i}]")
+            model.save_pretrained(folder)
+        return Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    stage("copying", None, [(clean, 1000, 1e-3)])
+    stage("mastery", "copying", [(clean, 800, 1e-3)])
+    stage("base", "mastery", [(mixture(clean_share=0.35, wrong=0.10, filler=0.15), 500, 1e-3)])
+    made = {
+        "teacher": stage("teacher", "base", [(clean, 250, 3e-4)]),
+        "low-student": stage("low-student", "base", [(mixture(clean_share=0.15, wrong=0.08, filler=0.25), 200, 5e-4)]),
+        "high-student": stage("high-student", "teacher", [(late_slips(wrong=0.06, wrong_from=8), 60, 1e-4)]),
+    }
+    facts = {name: examine(model, tokenizer, problems_count=100, k=8, label=name) for name, model in made.items()}
+    for name, model in made.items():
+        folder = args.output_dir / name
+        shutil.rmtree(folder, ignore_errors=True)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    facts["seconds"] = {"total": time.time() - began}
+    (args.output_dir / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,335 @@
+"""Every setting of a run, as recipes write it. Importable without torch, so that a recipe can be checked anywhere.
+
+A recipe is a TOML file with the sections below; `extends = "other.toml"` takes another recipe's settings first.
+Field names of `pruning` are those of the paper's release; other names follow TRL.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from prune_opd.core.choices import DriftMetric, LossName, Normalization, RewardWeightMode, TopKStrategy
+from prune_opd.errors import ConfigError
+
+
+class Section(BaseModel):
+    """Unknown names are errors and nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class LoraSection(Section):
+    """Low-rank adapters through peft; the base weights stay frozen."""
+
+    r: PositiveInt = Field(16, description="Rank of the adapters.")
+    alpha: PositiveInt = Field(32, description="Scale of the adapters; the update is multiplied by alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapters.")
+    target_modules: list[str] | Literal["all-linear"] = Field("all-linear", description="Modules that get adapters.")
+
+
+class ModelSection(Section):
+    """Student and teacher. `embedded:NAME` is a model that ships with the package."""
+
+    model_name_or_path: str = Field(description="Student: a folder, a Hub id, or embedded:low-student | high-student.")
+    teacher_model_name_or_path: str = Field(description="Teacher: a folder, a Hub id, or embedded:teacher.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the student's weights.")
+    teacher_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the teacher's weights.")
+    attn_implementation: str = Field("sdpa", description="Attention of both models, as transformers names it.")
+    trust_remote_code: bool = Field(False, description="Run model code that ships with a checkpoint.")
+    lora: LoraSection | None = Field(None, description="Train adapters instead of all weights.")
+
+
+class DataSection(Section):
+    """Where prompts come from."""
+
+    train: str = Field(description="JSONL, parquet, local folder, Hub id, or task:chain_sum for the embedded task.")
+    split: str = Field("train", description="Split of a data set that has several.")
+    prompt_column: str | None = Field(None, description="Column with the prompt; found by itself when unset.")
+    answer_column: str | None = Field(None, description="Column with the gold answer; found by itself when unset.")
+    prompt_suffix: str = Field("", description="Added to each prompt, unless the prompt ends with it already.")
+    max_prompt_length: PositiveInt = Field(1024, description="Longer prompts (in tokens) are dropped and counted.")
+
+
+class RolloutSection(Section):
+    """Sampling from the student. The defaults are truly on-policy: nothing is truncated or reshaped."""
+
+    prompts_per_step: PositiveInt = Field(64, description="Prompts in one optimiser step.")
+    num_generations: PositiveInt = Field(4, description="Rollouts of each prompt.")
+    max_completion_length: PositiveInt = Field(12288, description="Most tokens of a response (the paper's M_max).")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature; other than 1 is not on-policy.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus of the student's sampling; below 1 is not on-policy.")
+    max_batch: PositiveInt = Field(64, description="Rollouts that decode at the same time.")
+
+
+class ObjectiveSection(Section):
+    """What is minimised on the kept tokens."""
+
+    loss: LossName = Field("topk_reverse_kl", description="The objective; see core/objective.py.")
+    top_k: PositiveInt = Field(16, description="K: candidates of each model at each position.")
+    top_k_strategy: TopKStrategy = Field("only_stu", description="Whose candidates the top-k loss runs over.")
+    reward_weight_mode: RewardWeightMode = Field("student_p", description="Weight of a candidate's reward.")
+    weight_normalization: Normalization = Field("token_mean", description="Divide by valid tokens or their weights.")
+    jsd_beta: float = Field(0.5, gt=0, lt=1, description="Interpolation of the jsd loss.")
+
+
+class DynamicResponseLengthSection(Section):
+    """The training window: the next batch's maximum response length, in tokens."""
+
+    enable: bool = Field(True, description="Steer the window; off, responses run to max_completion_length.")
+    init_len: PositiveInt = Field(1024, description="First window.")
+    min_len: PositiveInt = Field(1024, description="Smallest window.")
+    max_len: PositiveInt = Field(12288, description="Largest window.")
+    step: PositiveInt = Field(100, description="Growth and shrinkage per update.")
+    hit_ratio: float = Field(0.1, gt=0, le=1, description="Share of rollouts reliable to the end that lets it grow.")
+    margin: int = Field(100, ge=0, description="How far from its end a rollout may stop being reliable and still hit.")
+    shrink_patience: PositiveInt = Field(3, description="Misses in a row before it shrinks.")
+
+
+class PruningSection(Section):
+    """Drift, and what follows from it. `enable = false` is plain on-policy distillation."""
+
+    enable: bool = Field(True, description="Weights and window from drift; off is plain OPD.")
+    metric: DriftMetric = Field("overlap_ratio", description="Compatibility of student and teacher at a position.")
+    threshold: float = Field(0.7, ge=0, le=1, description="γ: compatibility below it is a drift event.")
+    teacher_top_p: float = Field(0.95, gt=0, le=1, description="Teacher nucleus of metric teacher_top_p_accept.")
+    w_drop: float = Field(0.01, ge=0, le=1, description="Reliability lost per drift event.")
+    w_base: float = Field(0.5, ge=0, description="Weight that stays when reliability is gone.")
+    positive_eps: float = Field(1e-8, ge=0, lt=1, description="Reliability at or below it counts as gone.")
+    dynamic_response_length: DynamicResponseLengthSection = Field(
+        default_factory=DynamicResponseLengthSection, description="The training window."
+    )
+
+
+class TrainingSection(Section):
+    """Optimiser, precision, checkpoints."""
+
+    steps: PositiveInt = Field(203, description="Optimiser steps.")
+    learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate of AdamW.")
+    lr_scheduler_type: Literal["constant", "linear"] = Field("constant", description="After warm-up: hold or decay to 0.")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW β1.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW β2.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    micro_batch_tokens: PositiveInt = Field(16384, description="Padded tokens in one forward and backward.")
+    bf16: bool = Field(False, description="bfloat16 autocast in the update's forward; weights keep their type.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, more time.")
+    seed: int = Field(0, ge=0, description="Seed of everything: order, sampling, initialisation of adapters.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps ...")
+    threads: int = Field(1, ge=0, description="CPU threads of torch (0 leaves it alone); one is best on busy cores.")
+    save_every: PositiveInt = Field(50, description="Steps between checkpoints; the last step is always saved.")
+    keep_last: PositiveInt = Field(2, description="Checkpoints kept.")
+
+
+class EvaluationSection(Section):
+    """Validation during training, on held-out problems; its time is reported apart."""
+
+    data: str | None = Field(None, description="Like data.train; task:chain_sum draws from its held-out problems.")
+    every: PositiveInt = Field(20, description="Steps between evaluations; the last step is always evaluated.")
+    num_problems: PositiveInt = Field(100, description="Problems used, the first ones of the data.")
+    k: PositiveInt = Field(16, description="Samples of each problem: Avg@k.")
+    temperature: float = Field(1.0, ge=0, description="Sampling temperature; 0 is greedy.")
+    top_p: float = Field(0.95, gt=0, le=1, description="Nucleus of the evaluation's sampling.")
+    max_tokens: PositiveInt = Field(31744, description="Most tokens of an answer.")
+
+
+class TrackingSection(Section):
+    """Where numbers go besides metrics.jsonl, which is always written."""
+
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field([], description="Trackers to write to as well.")
+    rollouts_per_step: int = Field(2, ge=0, description="Rollouts written to rollouts.jsonl at each step.")
+
+
+class Config(Section):
+    """A whole recipe."""
+
+    model: ModelSection = Field(description="Student and teacher.")
+    data: DataSection = Field(description="Prompts.")
+    rollout: RolloutSection = Field(default_factory=RolloutSection, description="Sampling.")
+    objective: ObjectiveSection = Field(default_factory=ObjectiveSection, description="Loss.")
+    pruning: PruningSection = Field(default_factory=PruningSection, description="Drift and window.")
+    training: TrainingSection = Field(default_factory=TrainingSection, description="Optimisation.")
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="Validation.")
+    tracking: TrackingSection = Field(default_factory=TrackingSection, description="Logging.")
+
+    @property
+    def window_is_dynamic(self) -> bool:
+        """Whether drift steers the response length."""
+        return self.pruning.enable and self.pruning.dynamic_response_length.enable
+
+    def with_settings(self, **changes: Any) -> Config:
+        """A copy with dotted settings changed, checked again: ``with_settings(**{"training.seed": 1})``."""
+        merged = self.model_dump(exclude_unset=True)
+        for name, value in changes.items():
+            _set(merged, name.split("."), value)
+        return parse_config(merged, where="changed settings")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe and apply ``key=value`` overrides (dotted key, TOML value; bare words are strings).
+
+    Raises ConfigError with the file, the setting, what was expected and the nearest known name. Warns (UserWarning)
+    of each setting that was written but has no effect.
+    """
+    settings = _read(Path(path), ())
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {override!r} has no '='; write it as key=value, for example training.steps=100")
+        _set(settings, key.strip().split("."), _toml_value(text.strip()))
+    return parse_config(settings, where=str(path))
+
+
+def parse_config(settings: dict[str, Any], *, where: str) -> Config:
+    """Check a nested dict of settings. `where` names its origin in errors."""
+    try:
+        config = Config.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{where}: {_explain(e)}" for e in error.errors())) from None
+    _check_conflicts(config, where)
+    for setting, reason in settings_without_effect(config):
+        warnings.warn(f"{where}: {setting} has no effect: {reason}", UserWarning, stacklevel=3)
+    return config
+
+
+def settings_without_effect(config: Config) -> Iterator[tuple[str, str]]:
+    """Settings that were written down but that nothing will read, with the reason."""
+    pruning, dynamic, objective = config.pruning, config.pruning.dynamic_response_length, config.objective
+
+    def written(section: Section, prefix: str, *names: str) -> Iterator[str]:
+        yield from (f"{prefix}.{name}" for name in sorted(section.model_fields_set) if not names or name in names)
+
+    if not pruning.enable:
+        for name in written(pruning, "pruning"):
+            if name != "pruning.enable":
+                yield name, "pruning.enable is false"
+    else:
+        if pruning.metric == "teacher_top_p_accept":
+            for name in written(pruning, "pruning", "threshold"):
+                yield name, "metric teacher_top_p_accept uses teacher_top_p"
+        else:
+            for name in written(pruning, "pruning", "teacher_top_p"):
+                yield name, f"metric is {pruning.metric}"
+        if not dynamic.enable:
+            for name in written(dynamic, "pruning.dynamic_response_length"):
+                if not name.endswith(".enable"):
+                    yield name, "dynamic_response_length.enable is false"
+    if objective.loss != "topk_reverse_kl":
+        for name in written(objective, "objective", "top_k_strategy", "reward_weight_mode"):
+            yield name, f"loss is {objective.loss}"
+    if objective.loss != "jsd":
+        for name in written(objective, "objective", "jsd_beta"):
+            yield name, f"loss is {objective.loss}"
+    if config.evaluation.data is None:
+        for name in written(config.evaluation, "evaluation"):
+            if name != "evaluation.data":
+                yield name, "evaluation.data is not set, so nothing is evaluated"
+    if config.data.train.startswith("task:"):
+        for name in written(config.data, "data"):
+            if name not in ("data.train", "data.max_prompt_length"):
+                yield name, "the embedded task makes its own prompts"
+
+
+def _check_conflicts(config: Config, where: str) -> None:
+    dynamic = config.pruning.dynamic_response_length
+    if config.window_is_dynamic:
+        if not dynamic.min_len <= dynamic.init_len <= dynamic.max_len:
+            raise ConfigError(
+                f"{where}: pruning.dynamic_response_length needs min_len <= init_len <= max_len, got "
+                f"{dynamic.min_len}, {dynamic.init_len}, {dynamic.max_len}; change the one that is out of order"
+            )
+        if dynamic.max_len > config.rollout.max_completion_length:
+            raise ConfigError(
+                f"{where}: pruning.dynamic_response_length.max_len = {dynamic.max_len} is above "
+                f"rollout.max_completion_length = {config.rollout.max_completion_length}; lower max_len or raise the other"
+            )
+    if config.training.warmup_steps >= config.training.steps:
+        raise ConfigError(
+            f"{where}: training.warmup_steps = {config.training.warmup_steps} leaves none of training.steps = "
+            f"{config.training.steps} at the full learning rate; use fewer warm-up steps"
+        )
+
+
+def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+    path = path.resolve()
+    if path in chain:
+        raise ConfigError(f"{path}: recipes extend each other in a circle; remove one `extends`")
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], 1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else "; give the path of a TOML recipe"
+        raise ConfigError(f"{path}: no such recipe{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a UTF-8 text file: {error}; give a TOML recipe") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    parent = settings.pop("extends", None)
+    if parent is None:
+        return settings
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}: extends must be the path of another recipe as a string, got {parent!r}")
+    return _merge(_read(path.parent / parent, (*chain, path)), settings)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = dict(base)
+    for key, value in over.items():
+        both[key] = _merge(both[key], value) if isinstance(value, dict) and isinstance(both.get(key), dict) else value
+    return both
+
+
+def _set(settings: dict[str, Any], keys: list[str], value: Any) -> None:
+    *parents, last = keys
+    for key in parents:
+        inner = settings.get(key)
+        settings[key] = dict(inner) if isinstance(inner, dict) else {}
+        settings = settings[key]
+    settings[last] = value
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def setting_names(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all settings."""
+    for name, field in section.model_fields.items():
+        inner = _section_type(field.annotation)
+        if inner is not None:
+            yield from setting_names(inner, f"{prefix}{name}.")
+        if inner is None or type(None) in getattr(field.annotation, "__args__", ()):
+            yield f"{prefix}{name}"
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _explain(error: Any) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = list(setting_names()) + list(Config.model_fields)
+        last = name.rsplit(".", 1)[-1]
+        near = difflib.get_close_matches(name, known, 1, cutoff=0.75) or [
+            full for full in known if difflib.get_close_matches(last, [full.rsplit(".", 1)[-1]], 1, cutoff=0.75)
+        ]
+        hint = f"did you mean {near[0]}?" if near else "see docs/configuration.md for the settings there are"
+        return f"unknown setting {name}; {hint}"
+    if error["type"] == "missing":
+        return f"setting {name} is required and missing; add it to the recipe"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"setting {name} = {error['input']!r} is not usable: {message}"

@@ -1,0 +1,9 @@
+"""The named choices of the method, importable without torch so that recipes can be checked anywhere."""
+
+from typing import Literal
+
+DriftMetric = Literal["overlap_ratio", "teacher_top_p_accept", "overlap_mass"]
+TopKStrategy = Literal["only_stu", "only_tch", "intersection", "union"]
+RewardWeightMode = Literal["student_p", "teacher_p", "none"]
+Normalization = Literal["token_mean", "weight_mean"]
+LossName = Literal["topk_reverse_kl", "sampled_token", "forward_kl", "reverse_kl", "jsd"]

@@ -1,0 +1,391 @@
+"""Prompts from files and data sets, tokenised the way the student will see them.
+
+Rows keep their order and their duplicates (DAPO-Math-17K has some): what a benchmark holds is what is
+measured, and what a recipe trains on is its author's choice.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import datasets
+import jinja2
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase
+
+from prune_opd.errors import DataError, MissingColumnError
+
+PROMPT_COLUMNS = ("prompt", "messages", "problem", "question")
+ANSWER_COLUMNS = ("reward_model.ground_truth", "answer")
+JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
+SPLIT_WORDS = {"train", "training", "test", "validation", "valid", "val", "dev", "eval"}
+
+Row = tuple[str, Mapping[str, Any]]  # where it stands, for messages, and its columns
+Chat = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`text` is what the model sees, template and suffix included; `source` is file:line or dataset[row]."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    answer: str | None
+    source: str
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """What was loaded, in the order of the source, and how many prompts were too long."""
+
+    prompts: tuple[Prompt, ...]
+    dropped_too_long: int
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Prompt, ...]: ...
+    def __getitem__(self, index: int | slice) -> Prompt | tuple[Prompt, ...]:
+        return self.prompts[index]
+
+
+def load_prompts(
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    split: str = "train",
+    prompt_column: str | None = None,
+    answer_column: str | None = None,
+    prompt_suffix: str = "",
+    max_prompt_length: int,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> PromptSet:
+    """Read, render and tokenise the prompts of `source`.
+
+    source: a JSONL or parquet file (taken whole, whatever `split` says), a folder of those or one written by
+    `save_to_disk`, or a Hub id (`owner/name`, or `owner/name:config`).
+
+    The prompt is a string or a chat list of {role, content}, in `prompt_column` or else the first of
+    `prompt`, `messages`, `problem`, `question` that a row has. Assistant turns at the end of a chat are the
+    answer, not the prompt, and are left out. Chats go through the tokenizer's chat template with a generation
+    prompt; so do strings, as one user turn, when the tokenizer has a template; without one they are tokenised
+    as they are.
+
+    The gold answer is `answer_column` (a dot reaches into a struct), or else `reward_model.ground_truth` or
+    `answer` where that is text or a number. Of worked answers that end in `#### N`, N is kept, without
+    thousands separators.
+
+    prompt_suffix goes after the string or the last user turn, with a space if neither brings white space,
+    unless the text ends with it already. Prompts of more than max_prompt_length tokens are left out and
+    counted.
+
+    Raises DataError, or MissingColumnError, that names the file and line or row.
+    """
+    kwargs = dict(chat_template_kwargs or {})
+    texts, answers, sources = [], [], []
+    for where, row in _rows(str(source), split):
+        name, prompt = _prompt(where, row, prompt_column)
+        texts.append(_render(f"{where}, column {name!r}", prompt, prompt_suffix, tokenizer, kwargs))
+        answers.append(_answer(where, row, answer_column))
+        sources.append(where)
+    if not texts:
+        raise DataError(f"{source}: there is no row in it; expected one prompt a row")
+
+    # A chat template writes the special tokens itself.
+    tokens = tokenizer(texts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+    for where, ids in zip(sources, tokens, strict=True):
+        if not ids:
+            raise DataError(f"{where}: the tokenizer makes no token of this prompt; remove the row")
+    prompts = tuple(
+        Prompt(text, tuple(ids), answer, where)
+        for text, ids, answer, where in zip(texts, tokens, answers, sources, strict=True)
+        if len(ids) <= max_prompt_length
+    )
+    if not prompts:
+        raise DataError(
+            f"{source}: all {len(texts)} prompts have more than {max_prompt_length} tokens, the shortest "
+            f"{min(map(len, tokens))}; raise data.max_prompt_length to at least that"
+        )
+    return PromptSet(prompts, dropped_too_long=len(texts) - len(prompts))
+
+
+# ---- rows ----
+
+
+def _rows(source: str, split: str) -> Iterable[Row]:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _folder_rows(path, split)
+    if path.is_file():
+        return _file_rows(path)
+    looks_like_a_path = path.suffix in (*JSONL_SUFFIXES, ".parquet") or not re.fullmatch(
+        r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?", source
+    )
+    if looks_like_a_path:
+        raise DataError(f"{source}: no such file or folder (looked for {path.absolute()}); check the path")
+    return _hub_rows(source, split)
+
+
+def _file_rows(path: Path) -> Iterator[Row]:
+    if path.suffix in JSONL_SUFFIXES:
+        return _jsonl_rows(path)
+    if path.suffix == ".parquet":
+        return _parquet_rows(path)
+    raise DataError(f"{path}: expected a .jsonl or .parquet file; convert it, or correct its name")
+
+
+def _jsonl_rows(path: Path) -> Iterator[Row]:
+    """One object a line; empty lines are skipped. `datasets` would not say which line is broken."""
+    for number, line in enumerate(_read(path).split(b"\n"), start=1):
+        where = f"{path}:{number}"
+        try:
+            text = line.decode("utf-8-sig").strip()
+            if not text:
+                continue
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{where}: not valid JSON ({error}); expected one object a line, in UTF-8; repair the line"
+            ) from error
+        if not isinstance(row, dict):
+            raise DataError(
+                f'{where}: expected a JSON object such as {{"prompt": ...}}, got {_kind(row)}; '
+                "write one object a line"
+            )
+        yield where, row
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); check the file and its permissions"
+        ) from error
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    """Straight from the file: `datasets` would first copy it into its cache."""
+    try:
+        with pq.ParquetFile(path) as file:
+            rows = file.read().to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path}: not a readable parquet file ({error}); expected a whole one; download or write it again"
+        ) from error
+    for i, row in enumerate(rows):
+        yield f"{path}[{i}]", row
+
+
+def _folder_rows(folder: Path, split: str) -> Iterator[Row]:
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        yield from _saved_rows(folder, split)
+        return
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix in (".jsonl", ".parquet")
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    if not files:
+        raise DataError(
+            f"{folder}: no .jsonl or .parquet file in this folder; expected some, or a save_to_disk folder"
+        )
+    words = {path: set(re.split(r"[\W_]+", str(path.relative_to(folder)).lower())) for path in files}
+    if any(words[path] & SPLIT_WORDS for path in files):  # as on the Hub, file names say which split is whose
+        chosen = [path for path in files if split.lower() in words[path]]
+        if not chosen:
+            names = ", ".join(str(path.relative_to(folder)) for path in files)
+            raise DataError(
+                f"{folder}: no file of split {split!r}; there are: {names}; set data.split, or name one file"
+            )
+        files = chosen
+    for path in files:
+        yield from _file_rows(path)
+
+
+def _saved_rows(folder: Path, split: str) -> Iterator[Row]:
+    try:
+        saved = datasets.load_from_disk(str(folder))
+        if isinstance(saved, datasets.DatasetDict):
+            if split not in saved:
+                raise DataError(
+                    f"{folder}: no split {split!r}; there are: {', '.join(saved)}; set data.split"
+                )
+            saved = saved[split]
+        rows = saved.to_list()
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"{folder}: this save_to_disk folder cannot be read ({error}); write it again"
+        ) from error
+    for i, row in enumerate(rows):
+        yield f"{folder}[{i}]", row
+
+
+def _hub_rows(source: str, split: str) -> Iterator[Row]:
+    name, _, config = source.partition(":")
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split)
+    except Exception as error:  # whatever the Hub, the network or a builder raises; chained
+        raise DataError(
+            f"{source}: no such file or folder here, and it does not load as a Hub data set either "
+            f"({type(error).__name__}: {error}); check the path, the id (owner/name or owner/name:config), "
+            f"data.split ({split!r}) and the network"
+        ) from error
+    for i, row in enumerate(rows):
+        yield f"{source}[{i}]", row
+
+
+# ---- columns ----
+
+
+def _prompt(where: str, row: Mapping[str, Any], column: str | None) -> tuple[str, Any]:
+    if column is not None:
+        return column, _named(where, row, column, "data.prompt_column")
+    known = [name for name in PROMPT_COLUMNS if name in row]
+    if known:
+        name = next((name for name in known if row[name] is not None), known[0])
+        return name, row[name]
+    near = [name for name in row if difflib.get_close_matches(str(name).lower(), PROMPT_COLUMNS, n=1)]
+    hint = f"is it {near[0]!r}? Then set" if near else "name the right one with"
+    raise MissingColumnError(
+        f"{where}: no prompt; expected one of the columns {', '.join(PROMPT_COLUMNS)}; "
+        f"there are: {_columns(row)}; {hint} data.prompt_column"
+    )
+
+
+def _answer(where: str, row: Mapping[str, Any], column: str | None) -> str | None:
+    if column is not None:
+        value = _named(where, row, column, "data.answer_column")
+        if value is not None and not _is_scalar(value):
+            raise DataError(
+                f"{where}, column {column!r}: expected the gold as text or a number, got {_kind(value)}; "
+                "set data.answer_column to another column (a dot reaches into a struct)"
+            )
+    else:
+        value = next((v for v in (_lookup(row, name)[1] for name in ANSWER_COLUMNS) if _is_scalar(v)), None)
+    if value is None:
+        return None
+    text = str(value).strip()
+    if worked := re.search(r"####[ \t]*(\S.*)\Z", text):
+        return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", worked[1])
+    return text or None
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
+
+
+def _lookup(row: Mapping[str, Any], name: str) -> tuple[bool, Any]:
+    """(whether it is there, its value); `a.b` is field b of struct a unless there is a column `a.b`."""
+    if name in row:
+        return True, row[name]
+    head, dot, rest = name.partition(".")
+    return _lookup(row[head], rest) if dot and isinstance(row.get(head), Mapping) else (False, None)
+
+
+def _named(where: str, row: Mapping[str, Any], column: str, setting: str) -> Any:
+    there, value = _lookup(row, column)
+    if not there:
+        nearest = difflib.get_close_matches(column, map(str, row), n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"set {setting} to one of them"
+        raise MissingColumnError(
+            f"{where}: no column {column!r} ({setting}); there are: {_columns(row)}; {hint}"
+        )
+    return value
+
+
+def _columns(row: Mapping[str, Any]) -> str:
+    return ", ".join(map(str, row)) or "none"
+
+
+def _kind(value: Any) -> str:
+    return {dict: "an object", list: "a list", str: "text", type(None): "null", bool: "true/false"}.get(
+        type(value), f"{type(value).__name__} {value!r}"
+    )
+
+
+# ---- text ----
+
+
+def _render(
+    where: str, prompt: Any, suffix: str, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]
+) -> str:
+    """The text that the model sees."""
+    if isinstance(prompt, str):
+        _check_not_empty(where, prompt)
+        text = _with_suffix(prompt, suffix)
+        if not tokenizer.chat_template:
+            return text
+        chat = [{"role": "user", "content": text}]
+    elif isinstance(prompt, Sequence):
+        chat = _chat(where, prompt)
+        chat[-1]["content"] = _with_suffix(chat[-1]["content"], suffix)
+        if not tokenizer.chat_template:
+            raise DataError(
+                f"{where}: the prompt is a chat, but the tokenizer has no chat template to write it with; "
+                "use a tokenizer that has one (chat_template.jinja beside it), or a column with plain strings"
+            )
+    else:
+        raise DataError(
+            f"{where}: expected text or a chat list of {{role, content}}, got {_kind(prompt)}; repair the row"
+        )
+    try:
+        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **kwargs)
+    except jinja2.TemplateError as error:
+        roles = ", ".join(turn["role"] for turn in chat)
+        raise DataError(
+            f"{where}: the tokenizer's chat template refuses a chat of roles {roles} ({error}); "
+            "change the row, or use another chat template"
+        ) from error
+
+
+def _chat(where: str, turns: Sequence[Any]) -> Chat:
+    """The turns up to the last user turn, which must be the one to answer."""
+    chat = []
+    for i, turn in enumerate(turns):
+        fields = turn if isinstance(turn, Mapping) else {}
+        if not (isinstance(fields.get("role"), str) and isinstance(fields.get("content"), str)):
+            raise DataError(
+                f"{where}, turn {i}: expected an object with role and content, both text, got "
+                f"{_kind(turn) if not fields else ', '.join(f'{k}: {_kind(v)}' for k, v in fields.items())}; "
+                "repair the row"
+            )
+        chat.append({"role": fields["role"], "content": fields["content"]})
+    while chat and chat[-1]["role"] == "assistant":
+        chat.pop()
+    if not chat or chat[-1]["role"] != "user":
+        found = ", ".join(turn["role"] for turn in turns) or "none"
+        raise DataError(
+            f"{where}: expected a chat whose last turn, before any of the assistant, is the user's; "
+            f"its roles: {found}; repair or remove the row"
+        )
+    _check_not_empty(where, chat[-1]["content"])
+    return chat
+
+
+def _check_not_empty(where: str, text: str) -> None:
+    if not text.strip():
+        raise DataError(f"{where}: the prompt is empty; expected some text; fill in or remove the row")
+
+
+def _with_suffix(text: str, suffix: str) -> str:
+    # In the wild a \boxed{{}} that missed its str.format is the same instruction as \boxed{}.
+    plain_text, plain_suffix = (" ".join(part.replace("{{}}", "{}").split()) for part in (text, suffix))
+    if text.endswith(suffix) or (plain_suffix and plain_text.endswith(plain_suffix)):
+        return text
+    glue = "" if text[-1].isspace() or suffix[0].isspace() else " "
+    return f"{text}{glue}{suffix}"

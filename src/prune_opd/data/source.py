@@ -1,0 +1,105 @@
+"""Prompts by step: which prompts a step trains on is a function of (seed, step), so a run can stop and go on anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Protocol
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from prune_opd.config import DataSection
+from prune_opd.data.prompts import Prompt, load_prompts
+from prune_opd.data.tasks import Split, problems
+from prune_opd.errors import ConfigError
+
+TASK_PREFIX = "task:"
+
+
+class PromptSource(Protocol):
+    """Where the trainer gets its prompts."""
+
+    dropped_too_long: int
+
+    def batch(self, step: int, count: int) -> Sequence[Prompt]:
+        """The prompts of one step (0-based)."""
+        ...
+
+
+class DatasetSource:
+    """A finite data set, reshuffled every epoch."""
+
+    def __init__(self, prompts: Sequence[Prompt], *, seed: int, dropped_too_long: int) -> None:
+        self.prompts, self.seed, self.dropped_too_long = prompts, seed, dropped_too_long
+
+    def batch(self, step: int, count: int) -> Sequence[Prompt]:
+        """See `PromptSource.batch`; a step may straddle two epochs."""
+        size = len(self.prompts)
+        places = range(step * count, (step + 1) * count)
+        orders = {
+            epoch: np.random.default_rng([self.seed, epoch]).permutation(size) for epoch in {p // size for p in places}
+        }
+        return [self.prompts[orders[place // size][place % size]] for place in places]
+
+
+class TaskSource:
+    """The embedded task: fresh training problems at every step."""
+
+    dropped_too_long = 0
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> None:
+        self.tokenizer, self.seed = tokenizer, seed
+
+    def batch(self, step: int, count: int) -> Sequence[Prompt]:
+        """See `PromptSource.batch`."""
+        return task_prompts("train", self.tokenizer, seed=self.seed * 1_000_003 + step, count=count)
+
+
+def task_prompts(split: Split, tokenizer: PreTrainedTokenizerBase, *, seed: int, count: int) -> list[Prompt]:
+    """`count` problems of the embedded task as prompts."""
+    return [
+        Prompt(
+            text=problem.prompt,
+            token_ids=tuple(tokenizer(problem.prompt)["input_ids"]),
+            answer=problem.answer,
+            source=f"task:chain_sum {split}[{i}]",
+        )
+        for i, problem in enumerate(islice(problems(split, seed), count))
+    ]
+
+
+def training_prompts(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PromptSource:
+    """The source that `data.train` names."""
+    if data.train.startswith(TASK_PREFIX):
+        _check_task(data.train, "data.train")
+        return TaskSource(tokenizer, seed=seed)
+    loaded = _load(data.train, data, tokenizer)
+    return DatasetSource(loaded.prompts, seed=seed, dropped_too_long=loaded.dropped_too_long)
+
+
+def held_out_prompts(
+    source: str, data: DataSection, tokenizer: PreTrainedTokenizerBase, *, count: int
+) -> Sequence[Prompt]:
+    """The first `count` validation problems of `source`; the same ones for every seed and arm."""
+    if source.startswith(TASK_PREFIX):
+        _check_task(source, "evaluation.data")
+        return task_prompts("held_out", tokenizer, seed=0, count=count)
+    return _load(source, data, tokenizer).prompts[:count]
+
+
+def _load(source: str, data: DataSection, tokenizer: PreTrainedTokenizerBase):
+    return load_prompts(
+        source,
+        tokenizer,
+        split=data.split,
+        prompt_column=data.prompt_column,
+        answer_column=data.answer_column,
+        prompt_suffix=data.prompt_suffix,
+        max_prompt_length=data.max_prompt_length,
+    )
+
+
+def _check_task(name: str, setting: str) -> None:
+    if name != "task:chain_sum":
+        raise ConfigError(f"{setting} = {name!r} is no embedded task; there is task:chain_sum")

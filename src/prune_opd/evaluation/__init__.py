@@ -1,0 +1,1 @@
+"""Held-out accuracy: sampling k answers to each problem, and grading them."""

@@ -1,0 +1,1 @@
+"""Samplers: where rollouts come from."""

@@ -1,0 +1,1 @@
+"""Teachers: who scores every position of a rollout."""

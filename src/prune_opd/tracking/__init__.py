@@ -1,0 +1,1 @@
+"""Numbers on their way out: metrics, the console, trackers."""

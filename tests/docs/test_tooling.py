@@ -1,0 +1,68 @@
+"""CI runs what the README says, on the versions that were tested, with the checks that were promised."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REQUIREMENTS = PROJECT["dependencies"] + sum(PROJECT["optional-dependencies"].values(), [])
+PINS = {
+    canonicalize_name(pin.name): pin
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+    for pin in [Requirement(line)]
+}
+
+
+def commands(text: str) -> list[str]:
+    """The lines of a shell text that are commands, without indentation and trailing comments."""
+    lines = (line.split("  #")[0].strip() for line in text.splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    blocks = re.findall(r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert any("make test" in commands(block) for block in blocks)
+    assert "make test" in commands((ROOT / ".ci/run").read_text())
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+@pytest.mark.parametrize("requirement", [Requirement(r) for r in REQUIREMENTS], ids=str)
+def test_each_dependency_is_pinned_within_its_range(requirement):
+    pin = PINS[canonicalize_name(requirement.name)]
+    (exact,) = pin.specifier
+    assert exact.operator == "=="
+    assert Version(exact.version) in requirement.specifier
+
+
+def test_pins_name_no_local_build():
+    """A pin of 2.13.0+cpu would refuse every machine with a GPU."""
+    assert not [str(pin) for pin in PINS.values() if "+" in str(pin.specifier)]
+
+
+def test_ruff_finds_undefined_names_and_loose_zips():
+    """Shape strings of jaxtyping must pass without F821 being switched off for their sake."""
+    bad = "for pair in zip([1], [2]):\n    print(pair, nowhere)\n"
+    shapes = 'from jaxtyping import Int\n\n\ndef f(x: Int[list, "B T"]): ...\n'
+    assert {"B905", "F821"} <= ruff(bad)
+    assert not ruff(shapes)
+
+
+def ruff(source: str) -> set[str]:
+    """Codes that ruff reports for `source` as a file of the package."""
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format=concise"]
+    command += ["--stdin-filename=src/prune_opd/snippet.py", "-"]
+    done = subprocess.run(command, input=source, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert not done.stderr, done.stderr
+    return set(re.findall(r": ([A-Z]+\d+) ", done.stdout))

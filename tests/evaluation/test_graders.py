@@ -1,0 +1,313 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from prune_opd.evaluation import graders
+from prune_opd.evaluation.graders import extract_answer, grade
+
+DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+VERL_FILES = ["aime24", "aime25", "amc23_40", "amc23_83", "dapo-math-17k", "math500"]
+TOWER = "9^{9^{9^{9}}}"  # SymPy would work on it until memory is gone
+
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there")
+
+
+def boxed(answer: str) -> str:
+    return f"so it is \\boxed{{{answer}}}."
+
+
+def shared_golds(name: str) -> list[str]:
+    if name == "gsm8k_test":
+        rows = map(json.loads, (DATA / "gsm8k_test.jsonl").read_text().splitlines())
+        return [row["answer"].split("####")[1].strip() for row in rows]
+    table = pq.ParquetFile(DATA / f"{name}.parquet").read().to_pylist()
+    return [row["reward_model"]["ground_truth"] if name in VERL_FILES else row["answer"] for row in table]
+
+
+# ---- extraction ----
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (r"\boxed{7}", "7"),
+        (r"b 3 + 5 = 8 \boxed{ 7 }", "7"),
+        (r"first \boxed{1}, no: \boxed{2}. So 3", "2"),
+        (r"\boxed{\frac{1}{2}} done", r"\frac{1}{2}"),
+        (r"\boxed {5}", "5"),
+        (r"\\boxed{5}", "5"),  # escaped twice, as inside a JSON string
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\left\{ 1 \right.}", r"\left\{ 1 \right."),  # an escaped brace needs no partner
+        (r"\boxed{a \\{b}}", r"a \\{b}"),  # a line break, then a group
+        (r"\boxed{\boxed{5}}", "5"),
+        (r"{ open \boxed{5}", "5"),
+        (r"} stray \boxed{5}", "5"),
+        (r"\boxed{5} and then \boxed{\frac{1}{2", "5"),  # the last one is cut off
+        (r"\boxed{5}, as asked in \boxed{}", "5"),  # the instruction repeated
+        (r"\boxed{5} #### 6", "5"),
+        ("work\n#### 18", "18"),
+        ("#### 1\n#### 1,234\n", "1,234"),
+        ("so\nAnswer: $34$", "$34$"),
+        ("**Answer:** 34", "34"),
+        ("Final answer: 34\nanswer: 35", "35"),
+        ("", None),
+        ("the answer is 7", None),
+        ("7", None),
+        (r"\boxed{}", None),
+        (r"\boxed{7", None),
+        ("##### 7", None),
+        ("the answer: 7", None),
+    ],
+)
+def test_extract_answer(response: str, answer: str | None) -> None:
+    assert extract_answer(response) == answer
+
+
+# ---- grading ----
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("1,234", "1234"),
+        ("1{,}234", "1234"),
+        (r"10,\!080", "10080"),
+        ("11111", r"11,\! 111"),
+        ("007", "7"),
+        ("7.", "7"),
+        (" 7.0 ", "7"),
+        ("7", "7.00"),
+        ("$7$", "7"),
+        (r"\$18.9", r"\$18.90"),
+        (r"\(7\)", "7"),
+        ("+7", "7"),
+        ("−7", "-7"),
+        (".5", "0.50"),
+        ("204", r"\boxed{204}"),
+        ("18", "6 + 12 = 18\n#### 18"),
+        ("1" * 400, "1" * 400 + ".0"),
+    ],
+)
+def test_equal_numbers(answer: str, gold: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graders, "_start", lambda: pytest.fail("plain numbers need no math-verify"))
+    assert grade(boxed(answer), gold)
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("7", "8"),
+        ("-7", "7"),
+        ("70", "7"),
+        ("0.3333333", "0.3333334"),
+        ("1,234", "1.234"),
+        ("1" * 40, "1" * 39 + "2"),
+    ],
+)
+def test_unequal_numbers(answer: str, gold: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graders, "_start", lambda: pytest.fail("plain numbers need no math-verify"))
+    assert not grade(boxed(answer), gold)
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        (r"\frac{10}{2}", "5"),
+        ("x = 5", "5"),
+        ("5", "x=5"),
+        (r"18\text{ dollars}", "18"),
+        ("864", r"864 \mbox{ inches}^2"),
+        ("5.4", r"5.4 \text{ cents}"),
+        ("90", r"90^\circ"),
+        (r"\dfrac{1}{2}", r"\frac12"),
+        ("0.5", r"\frac{1}{2}"),
+        ("9/5", r"1\frac{4}{5}"),
+        ("-q + p", "p - q"),
+        ("(x-1)(x+1)", "x^2 - 1"),
+        (r"(3,\pi/2)", r"\left( 3, \frac{\pi}{2} \right)"),
+        (r"1-\sqrt{19}, 1+\sqrt{19}", r"1 \pm \sqrt{19}"),
+        ("7, 3, 5", "3, 5, 7"),
+        ("Even.", r"\text{even}"),
+        (r"\textbf{(C)}", r"\text{(C)}"),
+        ("C", r"\text{(C)}"),
+        (r"\text{Evelyn}", "Evelyn"),
+        ("5\n", " 5"),
+    ],
+)
+def test_equal_latex(answer: str, gold: str) -> None:
+    assert grade(boxed(answer), gold)
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        (r"\frac{10}{3}", "5"),
+        ("0.333", r"\frac{1}{3}"),
+        ("(2,1)", "(1,2)"),
+        ("4, 5", "4"),
+        ("4 or 5", "4"),
+        (r"\frac{1}{2} \text{ or } \frac{1}{3}", r"\frac12"),
+        ("1 1/2", "11/2"),
+        ("q - p", "p - q"),
+        ("odd", r"\text{even}"),
+        ("vane", r"\text{Evan}"),
+        ("B", r"\text{(C)}"),
+        ("B", "C"),
+        ("[1,2)", "(1,2)"),
+        ("", "5"),
+        ("5", ""),
+    ],
+)
+def test_unequal_latex(answer: str, gold: str) -> None:
+    assert not grade(boxed(answer), gold)
+
+
+def test_only_a_stated_answer_counts() -> None:
+    assert grade("it is 18\n#### 18", "18")
+    assert grade("long work\nAnswer: 18", "18")
+    assert not grade("18", "18")
+    assert not grade("I think it is 18", "18")
+    assert not grade(r"\boxed{18} or rather \boxed{19}", "18")
+
+
+# ---- hostile responses ----
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "",
+        "\0",
+        boxed(""),
+        boxed("{"),
+        "\\boxed{" + "5",
+        "\\boxed{" * 150_000,
+        "\\" * 1_000_000,
+        "{" * 300_000,
+        "#" * 1_000_000,
+        "####\n" * 200_000,
+        " " * 1_000_000,
+        "*" * 1_000_000,
+        "\n" * 1_000_000,
+        "\\boxed" + " " * 1_000_000,
+        boxed("1" * 1_000_000),
+        boxed("x+" * 500_000 + "1"),
+        boxed("{" * 20 + "6" + "}" * 20),
+        boxed('__import__("os").abort()'),
+        boxed("exec('raise SystemExit')"),
+        boxed("\\input{/etc/passwd}"),
+        boxed("\ud800"),  # half a surrogate pair
+        boxed("\\frac{1}{0}"),
+        boxed("$5$ \x1b[2J \n\n $$ \\]"),
+    ],
+    ids=lambda response: repr(response[:12]),
+)
+def test_hostile_responses_are_wrong(response: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graders, "VERIFY_SECONDS", 0.5)  # some would use all of it
+    assert not grade(response, "5")
+    monkeypatch.undo()
+    assert grade(boxed(r"\frac{10}{2}"), "5")  # and the grader lives on
+
+
+@pytest.fixture
+def fresh_verifier() -> Iterator[graders._Verifier]:
+    graders._verifier.cache_clear()
+    yield graders._verifier(os.getpid())
+    graders._verifier.cache_clear()
+
+
+def test_time_out_is_wrong_logged_once_and_survived(
+    fresh_verifier: graders._Verifier, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(graders, "VERIFY_SECONDS", 0.3)
+    with caplog.at_level(logging.WARNING):
+        assert not grade(boxed(TOWER), "5")
+        assert not grade(boxed(TOWER), "5")
+    (record,) = caplog.records
+    assert f"grading '{TOWER}' took over 0.3 s" in record.getMessage()
+    assert fresh_verifier.process is None  # killed, so that it holds neither a core nor memory
+    monkeypatch.undo()
+    assert grade(boxed(r"\frac{10}{2}"), "5")
+
+
+def test_a_verifier_that_died_is_replaced(fresh_verifier: graders._Verifier) -> None:
+    assert grade(boxed(r"\frac{10}{2}"), "5")
+    fresh_verifier.process.kill()  # as the kernel does when memory runs out
+    fresh_verifier.process.wait()
+    assert grade(boxed(r"\frac{10}{2}"), "5")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the limits of another process")
+def test_memory_is_limited(fresh_verifier: graders._Verifier) -> None:
+    import resource
+
+    assert grade(boxed(r"\frac{10}{2}"), "5")
+    limit = resource.prlimit(fresh_verifier.process.pid, resource.RLIMIT_AS)
+    assert limit == (graders.VERIFIER_BYTES, graders.VERIFIER_BYTES)
+
+
+def test_a_crash_during_grading_is_wrong_and_logged(
+    fresh_verifier: graders._Verifier, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert grade(boxed(r"\frac{10}{2}"), "5")
+    process = fresh_verifier.process
+    threading.Timer(0.3, process.kill).start()
+    with caplog.at_level(logging.WARNING):
+        assert not grade(boxed(TOWER), "5")
+    assert "died" in caplog.text
+
+
+def test_grades_from_several_threads(fresh_verifier: graders._Verifier) -> None:
+    """Signals would fail here; unsynchronised pipes would mix up the replies."""
+    results: dict[int, bool] = {}
+
+    def work(i: int) -> None:
+        results[i] = grade(boxed(rf"\frac{{{2 * (i % 3)}}}{{2}}"), "1")
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {i: i % 3 == 1 for i in range(24)}
+
+
+def test_math_verify_that_does_not_start_is_not_a_wrong_answer(
+    fresh_verifier: graders._Verifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graders.sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="did not start"):
+        grade(boxed(r"\frac{10}{2}"), "5")
+
+
+# ---- the golds of the real files ----
+
+
+@needs_data
+@pytest.mark.parametrize("name", [*VERL_FILES, "hmmt_feb25", "gsm8k_test"])
+def test_every_gold_is_right_against_itself(name: str) -> None:
+    """Without exception."""
+    golds = shared_golds(name)
+    assert golds
+    for gold in dict.fromkeys(golds):
+        assert grade(boxed(gold), gold), gold
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["math500", "hmmt_feb25"])
+def test_every_gold_is_wrong_with_other_numbers(name: str) -> None:
+    """Every run of digits counted one up; most of the LaTeX goes through math-verify."""
+    for gold in dict.fromkeys(shared_golds(name)):
+        changed = re.sub(r"[0-9]+", lambda digits: str(int(digits[0]) + 1), gold)
+        if changed != gold:
+            assert not grade(boxed(changed), gold), (changed, gold)
