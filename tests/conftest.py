@@ -27,9 +27,7 @@ import prune_opd.core
 
 torch.set_num_threads(1)
 
-hypothesis.settings.register_profile(
-    "repeatable", deadline=None, derandomize=True, database=None, max_examples=60
-)
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, max_examples=60)
 hypothesis.settings.load_profile("repeatable")
 
 # An int is accepted where a float is asked for, as Python does.

@@ -44,7 +44,9 @@ def train(
     resume: Annotated[
         str, typer.Option(help="auto: continue --output-dir from its last checkpoint; never; or a checkpoint's path.")
     ] = "never",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and the memory estimate; load no model.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan and the memory estimate; load no model.")
+    ] = False,
 ) -> None:
     """Train the student of RECIPE."""
     config = load_config(recipe, set_ or ())

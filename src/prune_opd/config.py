@@ -112,7 +112,9 @@ class TrainingSection(Section):
 
     steps: PositiveInt = Field(203, description="Optimiser steps.")
     learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate of AdamW.")
-    lr_scheduler_type: Literal["constant", "linear"] = Field("constant", description="After warm-up: hold or decay to 0.")
+    lr_scheduler_type: Literal["constant", "linear"] = Field(
+        "constant", description="After warm-up: hold or decay to 0."
+    )
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW β1.")
@@ -120,7 +122,9 @@ class TrainingSection(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     micro_batch_tokens: PositiveInt = Field(16384, description="Padded tokens in one forward and backward.")
     bf16: bool = Field(False, description="bfloat16 autocast in the update's forward; weights keep their type.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, more time.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in backward: less memory, more time."
+    )
     seed: int = Field(0, ge=0, description="Seed of everything: order, sampling, initialisation of adapters.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps ...")
     threads: int = Field(1, ge=0, description="CPU threads of torch (0 leaves it alone); one is best on busy cores.")
@@ -248,7 +252,7 @@ def _check_conflicts(config: Config, where: str) -> None:
         if dynamic.max_len > config.rollout.max_completion_length:
             raise ConfigError(
                 f"{where}: pruning.dynamic_response_length.max_len = {dynamic.max_len} is above "
-                f"rollout.max_completion_length = {config.rollout.max_completion_length}; lower max_len or raise the other"
+                f"rollout.max_completion_length = {config.rollout.max_completion_length}; lower it or raise the other"
             )
     if config.training.warmup_steps >= config.training.steps:
         raise ConfigError(

@@ -87,9 +87,7 @@ def prune_opd_step(
     max_length = window.length if window else config.rollout.max_completion_length
     with watch.phase("rollout"):
         uniforms = rollout_uniforms(training.seed, step, range(len(prompts)), max_length)
-        rollouts = sampler.sample(
-            prompts, uniforms, temperature=config.rollout.temperature, top_p=config.rollout.top_p
-        )
+        rollouts = sampler.sample(prompts, uniforms, temperature=config.rollout.temperature, top_p=config.rollout.top_p)
 
     # 2. Micro-batch by micro-batch; gradients of loss sums add up, so the grouping changes nothing.
     drifts: list[DriftReport] = []
@@ -120,9 +118,7 @@ def prune_opd_step(
         with watch.phase("update"):
             # 2c. Drift: events, what they leave of reliability, and the weight that follows.
             events = drift_events(part.response_ids, student_ids, student_logprobs, scores, pruning)
-            drift = drift_report(
-                events, mask, w_drop=pruning.w_drop, w_base=pruning.w_base, eps=pruning.positive_eps
-            )
+            drift = drift_report(events, mask, w_drop=pruning.w_drop, w_base=pruning.w_base, eps=pruning.positive_eps)
             weight = drift.weight if pruning.enable else mask.float()
 
             # 2d. The objective on the kept tokens.
@@ -233,7 +229,7 @@ def measure(
 
 
 def micro_batches(rollouts: Rollouts, token_budget: int) -> Iterator[Tensor]:
-    """Row indices of micro-batches of at most `token_budget` padded tokens, long rollouts first (at least one row each).
+    """Row indices of micro-batches of at most `token_budget` padded tokens, long rollouts first, one row at least.
 
     Rollouts of like length share a micro-batch, so little of the budget is padding.
     """

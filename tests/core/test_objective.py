@@ -58,15 +58,12 @@ class Case:
 
     def on_student_ids(self):
         return tuple(
-            np.take_along_axis(x, self.student_ids, -1)
-            for x in (self.student_logprobs, self.teacher_logprobs)
+            np.take_along_axis(x, self.student_ids, -1) for x in (self.student_logprobs, self.teacher_logprobs)
         )
 
     def on_response(self):
         at = self.response_ids[..., None]
-        return tuple(
-            np.take_along_axis(x, at, -1)[..., 0] for x in (self.student_logprobs, self.teacher_logprobs)
-        )
+        return tuple(np.take_along_axis(x, at, -1)[..., 0] for x in (self.student_logprobs, self.teacher_logprobs))
 
 
 def tensor(x):
@@ -159,9 +156,7 @@ def test_direction_and_weighting_of_jsd():
     inputs = tensor(case.student_logits), tensor(case.teacher_logits), tensor(case.mask)
     beta = 1e-5
     assert float(jsd(*inputs, beta=beta)[0]) / beta == pytest.approx(float(forward_kl(*inputs)[0]), rel=1e-3)
-    assert float(jsd(*inputs, beta=1 - beta)[0]) / beta == pytest.approx(
-        float(reverse_kl(*inputs)[0]), rel=1e-3
-    )
+    assert float(jsd(*inputs, beta=1 - beta)[0]) / beta == pytest.approx(float(reverse_kl(*inputs)[0]), rel=1e-3)
 
 
 # ---- candidates ----
@@ -235,9 +230,7 @@ def test_topk_gradient_on_the_logits(mode, masked):
     )
     sums.loss.backward()
 
-    *_, on_logprobs = reference.topk_reverse_kl(
-        log_p.detach().numpy(), log_q, case.mask, case.weight, valid, mode
-    )
+    *_, on_logprobs = reference.topk_reverse_kl(log_p.detach().numpy(), log_q, case.mask, case.weight, valid, mode)
     closed_form = reference.chain_to_logits(on_logprobs, case.student_ids, case.student_logits)
     finite = reference.central_difference(
         lambda x: reference.topk_surrogate(x, case.student_ids, on_logprobs, case.student_logits),
@@ -270,9 +263,7 @@ def test_sampled_token_gradient_on_the_logits():
 def test_divergence_gradient_on_the_logits(kind, options):
     case = Case(9, np.float64, (2, 3, 3, 7))
     logits = leaf(case.student_logits)
-    _, sums = DIVERGENCES[kind](
-        logits, tensor(case.teacher_logits), tensor(case.mask), tensor(case.weight), **options
-    )
+    _, sums = DIVERGENCES[kind](logits, tensor(case.teacher_logits), tensor(case.mask), tensor(case.weight), **options)
     sums.loss.backward()
     finite = reference.central_difference(
         lambda x: reference.divergence(kind, x, case.teacher_logits, case.mask, case.weight, **options)[0],
@@ -342,9 +333,7 @@ def every_loss(case: Case, garbage: float | None = None):
     for name, function, (student, teacher), options in calls:
         for normalization in NORMALIZATIONS:
             x = leaf(prepare(student))
-            loss, sums = function(
-                x, tensor(prepare(teacher)), mask, weight, normalization=normalization, **options
-            )
+            loss, sums = function(x, tensor(prepare(teacher)), mask, weight, normalization=normalization, **options)
             loss.backward()
             yield f"{name} {normalization}", loss.detach(), sums, x.grad
 
@@ -402,9 +391,7 @@ def test_splitting_the_batch_does_not_matter():
             loss.backward()
             parts = leaf(student)
             pieces = [
-                function(
-                    parts[rows], tensor(teacher[rows]), tensor(case.mask[rows]), tensor(case.weight[rows])
-                )[1]
+                function(parts[rows], tensor(teacher[rows]), tensor(case.mask[rows]), tensor(case.weight[rows]))[1]
                 for rows in (slice(0, 1), slice(1, 4), slice(4, 6))
             ]
             for field in ("loss", "tokens", "weights"):
@@ -421,9 +408,7 @@ def test_extra_padding_columns_do_not_matter():
     pad = lambda x: np.concatenate([x, np.zeros_like(x[:, :3])], 1)  # noqa: E731
     log_p, log_q = case.on_student_ids()
     short, _ = topk_reverse_kl(tensor(log_p), tensor(log_q), tensor(case.mask), tensor(case.weight))
-    long, _ = topk_reverse_kl(
-        tensor(pad(log_p)), tensor(pad(log_q)), tensor(pad(case.mask)), tensor(pad(case.weight))
-    )
+    long, _ = topk_reverse_kl(tensor(pad(log_p)), tensor(pad(log_q)), tensor(pad(case.mask)), tensor(pad(case.weight)))
     torch.testing.assert_close(long, short, rtol=1e-12, atol=0)
 
 

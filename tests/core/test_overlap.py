@@ -47,9 +47,7 @@ def test_nucleus_agrees_with_the_reference(seed, top_p):
     _, _, teacher_ids, teacher_logprobs, response = candidates_of(seed)
     accepted = nucleus_accept(response, teacher_ids, teacher_logprobs, top_p)
     assert accepted.dtype == torch.bool
-    np.testing.assert_array_equal(
-        accepted, reference.nucleus_accept(response, teacher_ids, teacher_logprobs, top_p)
-    )
+    np.testing.assert_array_equal(accepted, reference.nucleus_accept(response, teacher_ids, teacher_logprobs, top_p))
 
 
 @given(seeds)
@@ -57,9 +55,7 @@ def test_the_order_of_candidates_does_not_matter(seed):
     student_ids, student_logprobs, teacher_ids, teacher_logprobs, response = candidates_of(seed)
     generator = torch.Generator().manual_seed(seed % 2**31)
     s, t = (torch.randperm(student_ids.shape[-1], generator=generator) for _ in range(2))
-    assert torch.equal(
-        topk_overlap(student_ids[..., s], teacher_ids[..., t]), topk_overlap(student_ids, teacher_ids)
-    )
+    assert torch.equal(topk_overlap(student_ids[..., s], teacher_ids[..., t]), topk_overlap(student_ids, teacher_ids))
     torch.testing.assert_close(
         overlap_mass(student_ids[..., s], student_logprobs[..., s], teacher_ids[..., t]),
         overlap_mass(student_ids, student_logprobs, teacher_ids),
@@ -101,8 +97,7 @@ def test_a_position_depends_on_itself_alone(garbage):
     padding = torch.zeros(response.shape, dtype=torch.bool)
     padding[:, -1] = True
     dirty = [
-        torch.where(padding[..., None], torch.full_like(x, garbage), x)
-        for x in (student_logprobs, teacher_logprobs)
+        torch.where(padding[..., None], torch.full_like(x, garbage), x) for x in (student_logprobs, teacher_logprobs)
     ]
     dirty_ids = torch.where(padding[..., None], torch.full_like(student_ids, -1), student_ids)
     for clean, other in [

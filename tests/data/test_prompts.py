@@ -311,9 +311,7 @@ def test_broken_line_is_named(write, chatty, line, message) -> None:
 
 def test_template_that_refuses_a_chat(write, chatty) -> None:
     turns = [{"role": "tool", "content": "t"}, *user("q")]
-    with pytest.raises(
-        DataError, match=r"a\.jsonl:1.*refuses .* roles tool, user \(tools are not supported\)"
-    ):
+    with pytest.raises(DataError, match=r"a\.jsonl:1.*refuses .* roles tool, user \(tools are not supported\)"):
         load(write("a.jsonl", [{"messages": turns}]), chatty)
 
 
@@ -342,9 +340,7 @@ def test_missing_column(write, plain, settings, message) -> None:
 
 def test_named_answer_of_a_wrong_type(write, plain) -> None:
     path = write("a.jsonl", [{"prompt": "q", "answer": ["1"]}])
-    with pytest.raises(
-        DataError, match=r"a\.jsonl:1, column 'answer': .* got a list; set data\.answer_column"
-    ):
+    with pytest.raises(DataError, match=r"a\.jsonl:1, column 'answer': .* got a list; set data\.answer_column"):
         load(path, plain, answer_column="answer")
 
 

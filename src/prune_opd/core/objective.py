@@ -25,7 +25,7 @@ LOGPROB_FLOOR = -50.0
 
 @dataclass(frozen=True)
 class LossSums:
-    """loss: Σ over valid tokens, scalar with graph · tokens: valid tokens · weights: Σ w over them (detached scalars)."""
+    """loss: Σ over valid tokens, a scalar with graph · tokens: valid tokens · weights: Σ w over them (detached)."""
 
     loss: Float[Tensor, ""]
     tokens: Int[Tensor, ""]
@@ -173,7 +173,8 @@ def jsd(
         raise ValueError(f"jsd needs 0 < beta < 1, got {beta}; for the ends use forward_kl or reverse_kl by name")
     log_p, log_q = _full_logprobs(student_logits, teacher_logits, mask)
     log_beta, log_rest = torch.tensor([beta, 1 - beta], dtype=log_p.dtype, device=log_p.device).log()
-    log_m = torch.logaddexp(log_q + log_beta, log_p + log_rest)
+    # Floored: logaddexp of two -inf has a NaN gradient.
+    log_m = torch.logaddexp(log_q.clamp(min=LOGPROB_FLOOR) + log_beta, log_p.clamp(min=LOGPROB_FLOOR) + log_rest)
     return _aggregate(beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m), mask, weight, normalization)
 
 
@@ -200,5 +201,5 @@ def _aggregate(
         raise ValueError(f"unknown weight normalisation {normalization!r}; one of token_mean, weight_mean")
     weight = mask.to(per_token.dtype) if weight is None else weight.detach().masked_fill(~mask, 0)
     sums = LossSums((weight * per_token.masked_fill(~mask, 0)).sum(), mask.sum(), weight.sum())
-    denominator = sums.denominator(normalization)
+    denominator = sums.denominator(normalization).to(sums.loss.dtype)
     return sums.loss / denominator.clamp(min=torch.finfo(sums.loss.dtype).tiny), sums

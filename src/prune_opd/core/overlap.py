@@ -11,9 +11,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 
-def shared_candidates(
-    student_ids: Int[Tensor, "B T K"], teacher_ids: Int[Tensor, "B T J"]
-) -> Bool[Tensor, "B T K"]:
+def shared_candidates(student_ids: Int[Tensor, "B T K"], teacher_ids: Int[Tensor, "B T J"]) -> Bool[Tensor, "B T K"]:
     """Which of the student's candidates are also among the teacher's. Ids within one position must be distinct."""
     return (student_ids.unsqueeze(-1) == teacher_ids.unsqueeze(-2)).any(-1)
 

@@ -159,8 +159,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
             ) from error
         if not isinstance(row, dict):
             raise DataError(
-                f'{where}: expected a JSON object such as {{"prompt": ...}}, got {_kind(row)}; '
-                "write one object a line"
+                f'{where}: expected a JSON object such as {{"prompt": ...}}, got {_kind(row)}; write one object a line'
             )
         yield where, row
 
@@ -169,9 +168,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}); check the file and its permissions"
-        ) from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
@@ -199,9 +196,7 @@ def _folder_rows(folder: Path, split: str) -> Iterator[Row]:
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
     if not files:
-        raise DataError(
-            f"{folder}: no .jsonl or .parquet file in this folder; expected some, or a save_to_disk folder"
-        )
+        raise DataError(f"{folder}: no .jsonl or .parquet file in this folder; expected some, or a save_to_disk folder")
     words = {path: set(re.split(r"[\W_]+", str(path.relative_to(folder)).lower())) for path in files}
     if any(words[path] & SPLIT_WORDS for path in files):  # as on the Hub, file names say which split is whose
         chosen = [path for path in files if split.lower() in words[path]]
@@ -220,17 +215,13 @@ def _saved_rows(folder: Path, split: str) -> Iterator[Row]:
         saved = datasets.load_from_disk(str(folder))
         if isinstance(saved, datasets.DatasetDict):
             if split not in saved:
-                raise DataError(
-                    f"{folder}: no split {split!r}; there are: {', '.join(saved)}; set data.split"
-                )
+                raise DataError(f"{folder}: no split {split!r}; there are: {', '.join(saved)}; set data.split")
             saved = saved[split]
         rows = saved.to_list()
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(
-            f"{folder}: this save_to_disk folder cannot be read ({error}); write it again"
-        ) from error
+        raise DataError(f"{folder}: this save_to_disk folder cannot be read ({error}); write it again") from error
     for i, row in enumerate(rows):
         yield f"{folder}[{i}]", row
 
@@ -302,9 +293,7 @@ def _named(where: str, row: Mapping[str, Any], column: str, setting: str) -> Any
     if not there:
         nearest = difflib.get_close_matches(column, map(str, row), n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"set {setting} to one of them"
-        raise MissingColumnError(
-            f"{where}: no column {column!r} ({setting}); there are: {_columns(row)}; {hint}"
-        )
+        raise MissingColumnError(f"{where}: no column {column!r} ({setting}); there are: {_columns(row)}; {hint}")
     return value
 
 
@@ -321,9 +310,7 @@ def _kind(value: Any) -> str:
 # ---- text ----
 
 
-def _render(
-    where: str, prompt: Any, suffix: str, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]
-) -> str:
+def _render(where: str, prompt: Any, suffix: str, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> str:
     """The text that the model sees."""
     if isinstance(prompt, str):
         _check_not_empty(where, prompt)

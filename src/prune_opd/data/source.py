@@ -1,4 +1,4 @@
-"""Prompts by step: which prompts a step trains on is a function of (seed, step), so a run can stop and go on anywhere."""
+"""Prompts by step: a function of (seed, step) and nothing else, so a run can stop and go on anywhere."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@
 
 A stand-in for long-horizon reasoning that a 0.4 M-parameter model can master on one CPU core: each step fetches an
 operand from the prompt by its letter and adds it to the running total, an early slip spoils everything after it, and
-the answer can be checked. Problems are unlimited; training and held-out problems never coincide, because the operands themselves
-decide which split a problem belongs to.
+the answer can be checked. Problems are unlimited; training and held-out problems never coincide, because the operands
+themselves decide which split a problem belongs to.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ FILLERS = (
     "so well now then okay hmm let me see wait next we have got this that is right maybe just add it up again "
     "carefully step by first second check yes no good fine here there which gives us the new total of and with "
     "plus another one more to do going on still left keep in mind before after that's sum value number digit "
-    "chain part line think look back at what was were will be should must can could would if because since "
-    "but or not also even really actually simply quite about around over under between through until while"
+    "chain part line think look back at what was were will be should must can could would if because since but "
+    "or not also even really actually simply quite about around over under between through until while"
 ).split()
 VOCABULARY = (
     ["<pad>", "<eos>", "Q", ":", "+", "=", "\\boxed{", "}"]

@@ -196,9 +196,7 @@ def _serve() -> None:
     latex = [math_verify.LatexExtractionConfig()]
     print("ready", flush=True)
     for line in sys.stdin:
-        gold, answer = (
-            math_verify.parse(f"${text}$", latex, parsing_timeout=None) for text in json.loads(line)
-        )
+        gold, answer = (math_verify.parse(f"${text}$", latex, parsing_timeout=None) for text in json.loads(line))
         print(json.dumps(bool(math_verify.verify(gold, answer, timeout_seconds=None))), flush=True)
 
 

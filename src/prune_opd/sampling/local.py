@@ -60,7 +60,7 @@ def draw(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float) 
 
 
 class LocalSampler:
-    """Implements `Sampler` on a Hugging Face causal LM. 
+    """Implements `Sampler` on a Hugging Face causal LM.
 
     `eos_ids` end a rollout; ids from `vocab_size` on (padding rows of the embedding) are never sampled; at most
     `max_batch` rows decode at once.
@@ -100,7 +100,9 @@ class LocalSampler:
         with torch.inference_mode():
             for start in range(0, len(prompts), self.max_batch):
                 rows = torch.arange(start, min(start + self.max_batch, len(prompts)), device=device)
-                self._decode(rows, prompt_ids, prompt_mask, uniforms, response_ids, lengths, finished, temperature, top_p)
+                self._decode(
+                    rows, prompt_ids, prompt_mask, uniforms, response_ids, lengths, finished, temperature, top_p
+                )
         self.model.train(was_training)
         response_mask = torch.arange(uniforms.shape[1], device=device) < lengths[:, None]
         return Rollouts(prompt_ids, prompt_mask, response_ids, response_mask, finished).select(

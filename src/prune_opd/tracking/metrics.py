@@ -55,7 +55,8 @@ class Stopwatch:
     """Seconds by phase. On an accelerator the phase's queued work is waited for, so that it is charged to its phase."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, defaultdict(float)
+        self.device = device
+        self.seconds: defaultdict[str, float] = defaultdict(float)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -37,7 +37,9 @@ def arm_config(config: Config, arm: str, seed: int) -> Config:
                     raise ConfigError(f"arm {arm!r}: the cut must lie in 1..{budget} (rollout.max_completion_length)")
                 settings["rollout.max_completion_length"] = length
         case None:
-            raise ConfigError(f"unknown arm {arm!r}; there are opd, prune and fixed:N (N tokens, for example fixed:256)")
+            raise ConfigError(
+                f"unknown arm {arm!r}; there are opd, prune and fixed:N (N tokens, for example fixed:256)"
+            )
     if arm == "prune" and not config.window_is_dynamic:
         warnings.warn("arm prune: pruning.dynamic_response_length.enable is false; nothing is cut", stacklevel=2)
     with warnings.catch_warnings():
@@ -99,7 +101,10 @@ def compare(
 
 def write_results(output_dir: Path, config: Config, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Write `compare.json` of the runs so far, so that a comparison that is interrupted keeps what it has."""
-    results = {"arms": [summarise(arm, of_arm) for arm, of_arm in runs.items() if of_arm], "recipe": config.model_dump()}
+    results = {
+        "arms": [summarise(arm, of_arm) for arm, of_arm in runs.items() if of_arm],
+        "recipe": config.model_dump(),
+    }
     baseline = next((arm for arm in results["arms"] if arm["arm"] == BASELINE), None)
     for arm in results["arms"] if baseline else []:
         for name in ("train_seconds", "student_tokens"):
@@ -138,7 +143,16 @@ def results_table(results: dict[str, Any]) -> Table:
     """The comparison as people read it."""
     seeds = results["arms"][0]["seeds"]
     table = Table(title=f"held-out accuracy and cost, {len(seeds)} seed{'s' * (len(seeds) > 1)}, equal steps")
-    headings = ("arm", "accuracy", "95%", "training s", "validation s", "student tokens", "teacher tokens", "time saved")
+    headings = (
+        "arm",
+        "accuracy",
+        "95%",
+        "training s",
+        "validation s",
+        "student tokens",
+        "teacher tokens",
+        "time saved",
+    )
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "arm" else "right")
     for arm in results["arms"]:

@@ -70,9 +70,7 @@ class Trainer:
         models.check_token_maps(self.tokenizer, models.load_tokenizer(names[1], config.model))
         self.prompts = training_prompts(config.data, self.tokenizer, seed=config.training.seed)
         self.eval_prompts = (
-            held_out_prompts(
-                config.evaluation.data, config.data, self.tokenizer, count=config.evaluation.num_problems
-            )
+            held_out_prompts(config.evaluation.data, config.data, self.tokenizer, count=config.evaluation.num_problems)
             if config.evaluation.data
             else []
         )
@@ -150,8 +148,10 @@ class Trainer:
         except NonFiniteError as error:
             last_good = latest_checkpoint(self.run_dir / "checkpoints")
             kept = f"the last good checkpoint is {last_good}" if last_good else "no checkpoint had been written yet"
-            raise NonFiniteError(f"{error}. Training stopped; {kept}. Lower training.learning_rate, or look at "
-                                 f"{self.run_dir / 'rollouts.jsonl'}") from error
+            raise NonFiniteError(
+                f"{error}. Training stopped; {kept}. Lower training.learning_rate, or look at "
+                f"{self.run_dir / 'rollouts.jsonl'}"
+            ) from error
         self.schedule.step()
         seconds = time.perf_counter() - began
         record = metrics_of(result, self.config)
