@@ -58,7 +58,7 @@ class TrainingWindow:
         self.length, self.misses = init_len, 0
 
     def update(self, effective_length: Int[Tensor, " B"]) -> WindowChange:
-        """Take the effective lengths (B,) of one batch; sets and reports the next length. ValueError for an empty one."""
+        """Take the effective lengths (B,) of one batch; sets and reports the next length. ValueError if it is empty."""
         if effective_length.numel() == 0:
             raise ValueError("the training window cannot be updated from an empty batch; skip the update instead")
         previous = self.length
