@@ -22,7 +22,7 @@ from prune_opd.errors import ConfigError
 class Section(BaseModel):
     """Unknown names are errors and nothing changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class LoraSection(Section):
@@ -54,6 +54,9 @@ class DataSection(Section):
     prompt_column: str | None = Field(None, description="Column with the prompt; found by itself when unset.")
     answer_column: str | None = Field(None, description="Column with the gold answer; found by itself when unset.")
     prompt_suffix: str = Field("", description="Added to each prompt, unless the prompt ends with it already.")
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description="Variables of the tokenizer's chat template, for example enable_thinking = false."
+    )
     max_prompt_length: PositiveInt = Field(1024, description="Longer prompts (in tokens) are dropped and counted.")
 
 
@@ -324,16 +327,31 @@ def _section_type(annotation: Any) -> type[BaseModel] | None:
 
 
 def _explain(error: Any) -> str:
-    name = ".".join(str(part) for part in error["loc"])
+    # pydantic also names the member of a union that it tried, as in list[str].
+    name = ".".join(str(part) for part in error["loc"] if "[" not in str(part))
     if error["type"] == "extra_forbidden":
-        known = list(setting_names()) + list(Config.model_fields)
-        last = name.rsplit(".", 1)[-1]
-        near = difflib.get_close_matches(name, known, 1, cutoff=0.75) or [
-            full for full in known if difflib.get_close_matches(last, [full.rsplit(".", 1)[-1]], 1, cutoff=0.75)
-        ]
-        hint = f"did you mean {near[0]}?" if near else "see docs/configuration.md for the settings there are"
+        near = _nearest(name)
+        hint = f"did you mean {near}?" if near else "see docs/configuration.md for the settings there are"
         return f"unknown setting {name}; {hint}"
     if error["type"] == "missing":
         return f"setting {name} is required and missing; add it to the recipe"
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"setting {name} = {error['input']!r} is not usable: {message}"
+
+
+def _nearest(name: str) -> str | None:
+    """The setting that an unknown name most likely means, if any is like it."""
+    known = [*setting_names(), *Config.model_fields]
+    section, _, last = name.rpartition(".")
+
+    def like_it(names: list[str]) -> list[str]:
+        ends = {n.rpartition(".")[-1]: n for n in reversed(names)}
+        return [ends[end] for end in difflib.get_close_matches(last, ends, 1, cutoff=0.75)]
+
+    found = [
+        *like_it([n for n in known if n.rpartition(".")[0] == section]),  # misspelt in its own section
+        *(n for n in known if n.rpartition(".")[-1] == last),  # right, but in another section
+        *difflib.get_close_matches(name, known, 1, cutoff=0.75),
+        *like_it(known),
+    ]
+    return next(iter(found), None)
