@@ -14,7 +14,7 @@ NOW = $(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-trl setup-smollm setup-trackers test check lint format demo demo-smollm assets bench clean
+.PHONY: help setup setup-trl setup-smollm setup-trackers test check lint format demo demo-smollm assets docs bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ demo-smollm: setup-smollm  ## three steps of Prune-OPD on SmolLM2-135M
 
 assets: setup  ## train the embedded pairs again (up to 45 minutes)
 	$(BIN)/python scripts/make_assets.py
+
+docs: setup  ## write docs/configuration.md from the settings
+	$(BIN)/python scripts/make_config_docs.py
 
 bench: setup-trl  ## time one OPD step against TRL
 	$(BIN)/python benchmarks/step_time.py

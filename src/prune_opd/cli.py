@@ -53,7 +53,7 @@ def train(
     if dry_run:
         from prune_opd.training.plan import describe_plan
 
-        console.print(describe_plan(config))
+        console.print(describe_plan(config), markup=False, highlight=False, soft_wrap=True)
         return
     from prune_opd.training.trainer import Trainer
 
@@ -101,7 +101,7 @@ def default_output_dir(recipe: Path) -> Path:
 
 def main() -> None:
     """Entry point: errors meant for people are printed without a traceback and exit with 1."""
-    errors = Console(stderr=True)
+    errors = Console(stderr=True, soft_wrap=True)  # a message keeps its words on one line, so that it can be searched
     warnings.showwarning = lambda message, *_, **__: errors.print(f"warning: {message}", style="yellow", markup=False)
     try:
         app()

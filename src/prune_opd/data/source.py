@@ -97,6 +97,7 @@ def _load(source: str, data: DataSection, tokenizer: PreTrainedTokenizerBase):
         answer_column=data.answer_column,
         prompt_suffix=data.prompt_suffix,
         max_prompt_length=data.max_prompt_length,
+        chat_template_kwargs=data.chat_template_kwargs,
     )
 
 

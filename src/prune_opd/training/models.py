@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from prune_opd.config import Config, ModelSection
+from prune_opd.config import Config, LoraSection, ModelSection
 from prune_opd.errors import ModelError, TokenizerError
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ def resolve_model(name: str) -> str:
     assets = Path(str(files("prune_opd") / "assets"))
     folder = assets / name.removeprefix("embedded:")
     if not (folder / "config.json").is_file():
-        known = sorted(f"embedded:{p.name}" for p in assets.iterdir() if (p / "config.json").is_file())
+        known = sorted(f"embedded:{p.name}" for p in assets.glob("*") if (p / "config.json").is_file())
         raise ModelError(f"no embedded model {name!r}; there are {', '.join(known) or 'none: run `make assets`'}")
     return str(folder)
 
@@ -34,7 +34,8 @@ def resolve_device(name: str) -> torch.device:
             return torch.device(name)
         except RuntimeError as error:
             raise ModelError(f"training.device = {name!r} is no device that torch knows: {error}") from None
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
 
 
 def load_model(name: str, settings: ModelSection, *, dtype: str, device: torch.device) -> PreTrainedModel:
@@ -62,23 +63,27 @@ def load_student(config: Config, device: torch.device) -> PreTrainedModel:
     settings = config.model
     model = load_model(settings.model_name_or_path, settings, dtype=settings.dtype, device=device)
     if settings.lora is not None:
-        from peft import LoraConfig, get_peft_model
-
-        lora = settings.lora
-        model = get_peft_model(
-            model,
-            LoraConfig(
-                task_type="CAUSAL_LM",
-                r=lora.r,
-                lora_alpha=lora.alpha,
-                lora_dropout=lora.dropout,
-                target_modules=lora.target_modules,
-            ),
-        )
+        model = add_adapters(model, settings.lora)
     if config.training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     return model.train()
+
+
+def add_adapters(model: PreTrainedModel, lora: LoraSection) -> PreTrainedModel:
+    """The model with its weights frozen and trainable low-rank adapters beside them."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(
+        model,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
+        ),
+    )
 
 
 def load_tokenizer(name: str, settings: ModelSection) -> PreTrainedTokenizerBase:

@@ -1,0 +1,421 @@
+"""What `--dry-run` shows: the plan of a run in words, what it needs of memory, and every setting.
+
+No weights are loaded and no network is used. Sizes come from the model's config.json, out of which transformers
+builds the network without memory behind it; the activations that its forward would keep are counted the same way.
+Where there is no config.json on this machine, the parameter count in the model's name (7B, 135M) has to do.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from prune_opd.config import Config, ModelSection
+from prune_opd.core.head import CHUNK_BYTES
+from prune_opd.errors import ModelError
+from prune_opd.training.models import add_adapters, resolve_model
+
+# Losses over the full vocabulary hold this many (N, V) float32 tensors together in forward and backward, the logits of
+# student and teacher included. tests/training/test_plan.py counts them.
+FULL_LOGIT_COPIES = {"forward_kl": 8, "reverse_kl": 8, "jsd": 13}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process that holds everything; None is unknown, `source` says what the numbers come from."""
+
+    source: str
+    student: int | None = None
+    gradients: int | None = None
+    optimizer: int | None = None
+    teacher: int | None = None
+    activations: int | None = None
+    logits: int | None = None
+    cache_training: int | None = None
+    cache_evaluation: int | None = None
+
+    @property
+    def checkpoint(self) -> int | None:
+        """Bytes of one checkpoint on disk: what is trained, and the optimiser's state."""
+        return None if self.gradients is None or self.optimizer is None else self.gradients + self.optimizer
+
+    @property
+    def peak(self) -> int | None:
+        """Weights, gradients and optimiser state stay; sampling and the update take turns on top of them."""
+        resident = (self.student, self.gradients, self.optimizer, self.teacher)
+        update = (self.activations, self.logits)
+        if None in (*resident, *update, self.cache_training, self.cache_evaluation):
+            return None
+        return _total(resident) + max(_total(update), self.cache_training or 0, self.cache_evaluation or 0)
+
+
+def describe_plan(config: Config) -> str:
+    """The plan, the memory estimate and all settings as text. Raises ModelError for an unknown embedded model."""
+    memory = estimate_memory(config)
+    blocks = [
+        ("Plan", list(_plan(config, memory))),
+        (f"Memory of one process, from {memory.source}", list(_memory(config, memory))),
+        ("Settings", list(_settings(config))),
+    ]
+    return "\n\n".join(
+        "\n".join([title, *(f"  {name:<{max(len(n) for n, _ in rows)}}  {text}" for name, text in rows)])
+        for title, rows in blocks
+    )
+
+
+# ---- the plan ----
+
+
+def longest_response(config: Config) -> int:
+    """The most tokens that a response of this run can have in training."""
+    if config.window_is_dynamic:
+        return config.pruning.dynamic_response_length.max_len
+    return config.rollout.max_completion_length
+
+
+def most_response_tokens(config: Config) -> int:
+    """Upper bound of the tokens sampled in training: every rollout full, the window growing at every step."""
+    steps, rollouts = config.training.steps, config.rollout.prompts_per_step * config.rollout.num_generations
+    if not config.window_is_dynamic:
+        return steps * rollouts * config.rollout.max_completion_length
+    window = config.pruning.dynamic_response_length
+    return rollouts * sum(min(window.max_len, window.init_len + window.step * done) for done in range(steps))
+
+
+def events_until_unreliable(config: Config) -> int | None:
+    """Drift events after which reliability 1 - w_drop · C is at most positive_eps; None when they never suffice."""
+    pruning = config.pruning
+    if pruning.w_drop == 0:
+        return None
+    count = max(0, int((1 - pruning.positive_eps) / pruning.w_drop) - 1)  # just below; division rounds either way
+    while max(0.0, 1 - pruning.w_drop * count) > pruning.positive_eps:
+        count += 1
+    return count
+
+
+def evaluation_steps(config: Config) -> list[int]:
+    """Steps after which the student is evaluated, 0 being before training."""
+    if config.evaluation.data is None:
+        return []
+    return [0, *_every(config.evaluation.every, config.training.steps)]
+
+
+def _every(period: int, last: int) -> list[int]:
+    return sorted({*range(period, last + 1, period), last})
+
+
+def _plan(config: Config, memory: Memory) -> Iterator[tuple[str, str]]:
+    model, rollout, training = config.model, config.rollout, config.training
+    lora = model.lora
+    trained = f"LoRA adapters of rank {lora.r} on {lora.target_modules}" if lora else "all weights"
+    yield "student", f"{model.model_name_or_path}, {trained} in {model.dtype}"
+    yield "teacher", f"{model.teacher_model_name_or_path}, frozen, in {model.teacher_dtype}"
+    yield "prompts", f"{config.data.train}, at most {config.data.max_prompt_length:,} tokens each"
+    rollouts = rollout.prompts_per_step * rollout.num_generations
+    prompts = f"{rollout.prompts_per_step} prompts x {rollout.num_generations}"
+    yield "steps", f"{training.steps:,}, each of {prompts} = {rollouts} rollouts"
+    yield "objective", _objective(config)
+    yield (
+        "optimiser",
+        f"AdamW at {training.learning_rate:g}, {training.lr_scheduler_type}, {training.warmup_steps} steps of warm-up",
+    )
+    yield "drift", _drift(config)
+    yield "length", _length(config)
+    most, budget = most_response_tokens(config), training.steps * rollouts * rollout.max_completion_length
+    uncut = f"; at most {budget:,} if no response were cut below {rollout.max_completion_length:,}"
+    yield "tokens", f"at most {most:,} sampled and scored in training{uncut if most < budget else ''}"
+    yield "evaluation", _evaluation(config)
+    saved = len(_every(training.save_every, training.steps))
+    size = f", {_size(memory.checkpoint)} each" if memory.checkpoint is not None else ""
+    yield (
+        "checkpoints",
+        f"{saved}, every {training.save_every} steps and after the last, of which {training.keep_last} are kept{size}",
+    )
+    if config.tracking.report_to:
+        yield "trackers", f"metrics.jsonl and {', '.join(config.tracking.report_to)}"
+
+
+def _objective(config: Config) -> str:
+    objective = config.objective
+    text = f"{objective.loss}, {objective.weight_normalization}"
+    if objective.loss == "topk_reverse_kl":
+        text += f", candidates {objective.top_k_strategy} of top-{objective.top_k}"
+    return text
+
+
+def _drift(config: Config) -> str:
+    pruning, k = config.pruning, config.objective.top_k
+    if not pruning.enable:
+        return "off: plain on-policy distillation, every token has weight 1"
+    match pruning.metric:
+        case "overlap_ratio":
+            needed = next(shared for shared in range(k + 1) if shared / k >= pruning.threshold)
+            event = f"student and teacher share fewer than {needed} of their {k} likeliest tokens"
+        case "overlap_mass":
+            event = (
+                f"less than {pruning.threshold:g} of the student's probability is on tokens of the teacher's top-{k}"
+            )
+        case "teacher_top_p_accept":
+            event = f"the sampled token is outside the teacher's {pruning.teacher_top_p:g} nucleus (of its top-{k})"
+    spent = events_until_unreliable(config)
+    end = "events never spend all reliability" if spent is None else f"{spent:,} events spend all reliability"
+    return f"an event where {event}; {end}, after which a token keeps weight {pruning.w_base:g}"
+
+
+def _length(config: Config) -> str:
+    if not config.window_is_dynamic:
+        return f"every response may use {config.rollout.max_completion_length:,} tokens"
+    window = config.pruning.dynamic_response_length
+    return (
+        f"window of {window.init_len:,} tokens at first, {window.min_len:,} to {window.max_len:,} later; "
+        f"{window.step} more when {window.hit_ratio:.0%} of the rollouts are reliable up to {window.margin} tokens "
+        f"before its end, {window.step} fewer after {window.shrink_patience} steps in a row when they are not"
+    )
+
+
+def _evaluation(config: Config) -> str:
+    evaluation, steps = config.evaluation, evaluation_steps(config)
+    if not steps:
+        return "none: evaluation.data is not set"
+    answers = evaluation.num_problems * evaluation.k
+    return (
+        f"{len(steps)} times (before training, every {evaluation.every} steps, after the last) on {evaluation.data}: "
+        f"Avg@{evaluation.k} on up to {evaluation.num_problems} problems, at most {answers * evaluation.max_tokens:,} "
+        "tokens each time"
+    )
+
+
+# ---- memory ----
+
+
+def estimate_memory(config: Config) -> Memory:
+    """Bytes by part, for one process on one device that holds the student and the teacher."""
+    settings, training = config.model, config.training
+    student_config = read_model_config(settings.model_name_or_path, settings)
+    teacher_config = read_model_config(settings.teacher_model_name_or_path, settings)
+    if student_config is None or teacher_config is None:
+        return _memory_from_names(config, student_config, teacher_config)
+
+    student = _network(student_config, settings, settings.dtype)
+    if settings.lora is not None:
+        student = add_adapters(student, settings.lora)
+    trained = _bytes(p for p in student.parameters() if p.requires_grad)
+    rows, width, response = micro_batch_shape(config)
+    return Memory(
+        source="config.json of both models",
+        student=_bytes(student.parameters()),
+        gradients=trained,
+        optimizer=2 * trained,
+        teacher=_bytes(_network(teacher_config, settings, settings.teacher_dtype).parameters()),
+        activations=activation_bytes(
+            student_config, settings, rows, width, bf16=training.bf16, recompute=training.gradient_checkpointing
+        ),
+        logits=_logit_bytes(config, student_config, teacher_config, rows * response),
+        cache_training=_cache_bytes(student_config, settings.dtype, rollouts_at_once(config), width),
+        cache_evaluation=_cache_bytes(student_config, settings.dtype, *evaluation_at_once(config)),
+    )
+
+
+def _memory_from_names(
+    config: Config, student_config: PretrainedConfig | None, teacher_config: PretrainedConfig | None
+) -> Memory:
+    """What the parameter counts in the names tell; the rest depends on shapes that only config.json has."""
+    settings = config.model
+    names = settings.model_name_or_path, settings.teacher_model_name_or_path
+    missing = [n for n, found in zip(names, (student_config, teacher_config), strict=True) if found is None]
+    student, teacher = (parameters_in_name(name) for name in names)
+    in_student, in_teacher = (getattr(torch, dtype).itemsize for dtype in (settings.dtype, settings.teacher_dtype))
+    weights = None if student is None else student * in_student
+    trained = None if settings.lora is not None else weights
+    return Memory(
+        source=f"the names of the models, because config.json of {' and '.join(missing)} is not on this machine",
+        student=weights,
+        gradients=trained,
+        optimizer=None if trained is None else 2 * trained,
+        teacher=None if teacher is None else teacher * in_teacher,
+        cache_evaluation=0 if config.evaluation.data is None else None,
+    )
+
+
+def micro_batch_shape(config: Config) -> tuple[int, int, int]:
+    """(rows, prompt + response tokens, response tokens) of the largest micro-batch, as `step.micro_batches` cuts it."""
+    response = longest_response(config)
+    width = config.data.max_prompt_length + response
+    rows = max(1, config.training.micro_batch_tokens // width)
+    return min(rows, config.rollout.prompts_per_step * config.rollout.num_generations), width, response
+
+
+def rollouts_at_once(config: Config) -> int:
+    """Rollouts that decode together in training."""
+    return min(config.rollout.max_batch, config.rollout.prompts_per_step * config.rollout.num_generations)
+
+
+def evaluation_at_once(config: Config) -> tuple[int, int]:
+    """(answers that decode together, prompt + answer tokens) in evaluation; (0, 0) without one."""
+    evaluation = config.evaluation
+    if evaluation.data is None:
+        return 0, 0
+    rows = min(config.rollout.max_batch, evaluation.num_problems * evaluation.k)
+    return rows, config.data.max_prompt_length + evaluation.max_tokens
+
+
+def read_model_config(name: str, settings: ModelSection) -> PretrainedConfig | None:
+    """The model's config.json from its folder or the Hub cache; None where neither has it."""
+    try:
+        return AutoConfig.from_pretrained(
+            resolve_model(name), trust_remote_code=settings.trust_remote_code, local_files_only=True
+        )
+    except ModelError:
+        raise
+    except (OSError, ValueError):
+        if (Path(name) / "config.json").is_file():
+            raise ModelError(
+                f"{name}/config.json names no model that transformers knows; update it or repair"
+            ) from None
+        return None
+
+
+def parameters_in_name(name: str) -> int | None:
+    """7_000_000_000 of `org/Model-7B`: the count that model names carry, which is a rounded one."""
+    found = re.search(r"(?<![\w.])(\d+(?:\.\d+)?)([BM])(?![A-Za-z0-9])", name.rsplit("/", 1)[-1], re.IGNORECASE)
+    return round(float(found[1]) * {"B": 1e9, "M": 1e6}[found[2].upper()]) if found else None
+
+
+def activation_bytes(
+    model_config: PretrainedConfig, settings: ModelSection, rows: int, width: int, *, bf16: bool, recompute: bool
+) -> int:
+    """Bytes that a forward of the whole network over (rows, width) tokens keeps for the backward, its head left out.
+
+    With `recompute`, one layer at a time is made again in the backward and comes on top of what the forward kept.
+    LoRA keeps less than this, since frozen matrices need no input kept: it is an upper bound there.
+    """
+    everything = _saved_bytes(model_config, settings, rows, width, bf16=bf16, recompute=False)
+    if not recompute:
+        return everything
+    kept = _saved_bytes(model_config, settings, rows, width, bf16=bf16, recompute=True)
+    return kept + everything // model_config.get_text_config().num_hidden_layers
+
+
+def _saved_bytes(
+    model_config: PretrainedConfig, settings: ModelSection, rows: int, width: int, *, bf16: bool, recompute: bool
+) -> int:
+    saved: dict[int, torch.UntypedStorage] = {}
+    with FakeTensorMode():  # tensors with shapes and types, but no memory
+        model = AutoModelForCausalLM.from_config(
+            model_config,
+            dtype=getattr(torch, settings.dtype),
+            attn_implementation="sdpa",  # knows shapes without a kernel of the accelerator, and keeps as little
+            trust_remote_code=settings.trust_remote_code,
+        ).train()
+        if recompute:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                saved[storage._cdata] = storage
+            return tensor
+
+        tokens = torch.zeros(rows, width, dtype=torch.long)
+        mask = torch.ones(rows, 1, width, width, dtype=torch.bool)  # sdpa keeps a float copy of it in every layer
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+        ):
+            model(input_ids=tokens, attention_mask=mask, use_cache=False, logits_to_keep=1)
+        return sum(storage.nbytes() for storage in saved.values())
+
+
+def _network(model_config: PretrainedConfig, settings: ModelSection, dtype: str) -> PreTrainedModel:
+    """The network with its shapes and types, and no memory behind them."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            model_config, dtype=getattr(torch, dtype), trust_remote_code=settings.trust_remote_code
+        )
+
+
+def _logit_bytes(config: Config, student: PretrainedConfig, teacher: PretrainedConfig, tokens: int) -> int:
+    """Top-k losses make logits in chunks, and a gradient of the head beside the one that it is added to."""
+    shapes = student.get_text_config(), teacher.get_text_config()
+    copies = FULL_LOGIT_COPIES.get(config.objective.loss)
+    if copies is not None:
+        return copies * tokens * min(shape.vocab_size for shape in shapes) * 4
+    head = 0 if config.model.lora is not None else shapes[0].vocab_size * shapes[0].hidden_size * 4
+    return CHUNK_BYTES + head
+
+
+def _cache_bytes(model_config: PretrainedConfig, dtype: str, rows: int, width: int) -> int:
+    """Keys and values of `rows` rollouts of `width` tokens in all layers."""
+    shape = model_config.get_text_config()
+    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+    head_size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    return 2 * shape.num_hidden_layers * heads * head_size * rows * width * getattr(torch, dtype).itemsize
+
+
+def _bytes(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _total(parts: Iterable[int | None]) -> int:
+    return sum(part or 0 for part in parts)
+
+
+def _memory(config: Config, memory: Memory) -> Iterator[tuple[str, str]]:
+    rows, width, _ = micro_batch_shape(config)
+    yield "student weights", _size(memory.student)
+    yield "gradients", _size(memory.gradients)
+    yield "AdamW state", _size(memory.optimizer)
+    yield "teacher weights", _size(memory.teacher)
+    shape = f"micro-batch of {rows:,} x {width:,} tokens"
+    how = ", layers made again in backward" if config.training.gradient_checkpointing else ""
+    yield "activations", f"{_size(memory.activations)} ({shape}{how})"
+    yield "logits", _size(memory.logits)
+    yield (
+        "KV cache, training",
+        f"{_size(memory.cache_training)} ({rollouts_at_once(config)} rollouts x {width:,} tokens at a time)",
+    )
+    answers, longest = evaluation_at_once(config)
+    if answers:
+        yield (
+            "KV cache, evaluation",
+            f"{_size(memory.cache_evaluation)} ({answers} answers x {longest:,} tokens at a time)",
+        )
+    if memory.peak is not None:
+        yield "peak", f"about {_size(memory.peak)}: what is not sharded or offloaded must fit on one device"
+    else:
+        yield "peak", "unknown without config.json; for a model of the Hub: hf download NAME config.json"
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return "unknown"
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count / 2**10:.1f} KiB"
+
+
+# ---- settings ----
+
+
+def _settings(config: Config) -> Iterator[tuple[str, str]]:
+    """Every setting by its dotted name with the value that the run will use."""
+    yield from _flat(config.model_dump(), "")
+
+
+def _flat(settings: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    for name, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", "not set" if value is None else json.dumps(value, ensure_ascii=False)
