@@ -1,0 +1,106 @@
+"""A Hugging Face causal LM taken apart in two: the body that makes hidden states, and the output head.
+
+The chunked head (core/head.py) needs them apart. Families differ in what they do to the logits after the matrix
+product, so the head is read from the configuration and then held against the model's own logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from prune_opd.core.head import OutputHead
+from prune_opd.errors import ModelError
+
+PROBE_TOKENS = 4
+PROBE_LOGIT = 50.0  # as large as logits get: a soft-cap of 30 or 100 shows, which it would not at 0.1
+
+_verified: WeakSet[torch.nn.Module] = WeakSet()  # models whose head passed its probe
+
+
+def hidden_states(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """(B, S, H): what the output head of `model` is applied to, for keyword inputs with (B, S) token ids.
+
+    With gradient if the caller's mode says so. A LoRA student works as it is: its adapters live inside the body.
+    """
+    return _body(_causal_lm(model))(**inputs, use_cache=False).last_hidden_state
+
+
+def output_head(model: torch.nn.Module) -> OutputHead:
+    """The head of a causal LM, verified: on a probe it gave the same logits as the model itself.
+
+    It holds the model's own parameters, so it stays right while they train. The probe, a forward of four tokens, runs
+    at a model's first call; later calls cost nothing. Soft-caps (Gemma), divided logits (Granite) and multiplied ones
+    (Cohere) are known; a model that does anything else behind its body, or whose head is no plain linear layer,
+    raises ModelError.
+    """
+    causal_lm = _causal_lm(model)
+    name = type(causal_lm).__name__
+    linear = causal_lm.get_output_embeddings()
+    if not isinstance(linear, torch.nn.Linear) or not linear.weight.is_floating_point():
+        raise ModelError(
+            f"the output head of {name} is a {type(linear).__name__}; a torch.nn.Linear with floating-point weights is "
+            "needed. Take the output head out of model.lora.target_modules, or load the model unquantised"
+        )
+    config = causal_lm.config.get_text_config()
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    head = OutputHead(linear.weight, linear.bias, scale=scale, softcap=softcap)
+    if causal_lm not in _verified:
+        _verify(causal_lm, head, name)
+        _verified.add(causal_lm)
+    return head
+
+
+def _verify(causal_lm: Any, head: OutputHead, name: str) -> None:
+    """Put hidden states of our own choice behind the body; the model and the head must make the same logits of them."""
+    weight = head.weight
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(PROBE_TOKENS, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
+    device = weight.device.type
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        largest = OutputHead(weight, scale=head.scale).logits(probe).abs().max()
+        probe = (probe * (PROBE_LOGIT / largest)).to(weight.dtype)
+
+    def replace(_module: torch.nn.Module, _args: Any, output: Any) -> Any:
+        output["last_hidden_state"] = probe.unsqueeze(0)
+        return output
+
+    handle = _body(causal_lm).register_forward_hook(replace)
+    was_training = causal_lm.training
+    try:
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            input_ids = torch.arange(PROBE_TOKENS, device=weight.device).unsqueeze(0)
+            theirs = causal_lm.eval()(input_ids=input_ids, use_cache=False).logits[0].double()
+            ours = head.logits(probe).double()
+    finally:
+        causal_lm.train(was_training)
+        handle.remove()
+    # In bf16 the model rounds after each operation, the head only after the matrix product.
+    tolerance = PROBE_LOGIT * max(1e-3, 4 * torch.finfo(weight.dtype).eps)
+    difference = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float("inf")
+    if not difference <= tolerance:
+        raise ModelError(
+            f"{name} does something to its logits that prune-opd does not know: its own differ by up to "
+            f"{difference:.3g} from (h Wᵀ + b) with scale {head.scale:g} and soft-cap {head.softcap}, on logits of up "
+            f"to {PROBE_LOGIT:g}. Known are final_logit_softcapping (Gemma), logits_scaling as a divisor (Granite) and "
+            "logit_scale as a factor (Cohere); use a model of another family"
+        )
+
+
+def _causal_lm(model: Any) -> Any:
+    """The transformers model inside a peft wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _body(causal_lm: Any) -> torch.nn.Module:
+    body = causal_lm.base_model
+    if body is causal_lm:
+        raise ModelError(
+            f"{type(causal_lm).__name__} has no body apart from its output head (base_model_prefix is "
+            f"{causal_lm.base_model_prefix!r}); a transformers causal LM such as LlamaForCausalLM is needed"
+        )
+    return body
