@@ -41,9 +41,11 @@ format: setup  ## format and fix what ruff can fix
 demo: setup  ## OPD against Prune-OPD on the embedded pair (about 6 minutes on 2 cores)
 	$(BIN)/prune-opd compare recipes/quickstart.toml --arms opd,prune --seeds 1 --output-dir runs/demo-$(NOW)
 
-demo-smollm: setup-smollm  ## three steps of Prune-OPD on SmolLM2-135M
-	$(BIN)/python scripts/make_smollm_pair.py --output-dir build/smollm
+demo-smollm: build/smollm/train.jsonl  ## three steps of Prune-OPD on SmolLM2-135M (about 2 minutes)
 	$(BIN)/prune-opd train recipes/smollm.toml
+
+build/smollm/train.jsonl: scripts/make_smollm_pair.py .venv/.installed-smollm
+	$(BIN)/python scripts/make_smollm_pair.py --output-dir build/smollm
 
 assets: setup  ## train the embedded pairs again (up to 45 minutes)
 	$(BIN)/python scripts/make_assets.py
