@@ -1,0 +1,320 @@
+"""Time of one on-policy distillation step without pruning, against TRL's DistillationTrainer: `make bench`.
+
+The same student, teacher, prompts, rollouts a step, longest response, learning rate and optimiser, in one process:
+our step, our step with TRL's loss, TRL's step, and again. Each is the whole step as its own trainer runs it: sampling,
+teacher, update. TRL's runs inside `trainer.train()`; ours runs at the start of TRL's step, off TRL's clock. Ours
+also pays for its metrics and its rollout log; TRL's logging falls outside its step.
+
+Student weights are put back before each step, so that every repeat is a first step: a student that learns to stop
+would make the later ones shorter. Two cases: rollouts end where the student ends them, and rollouts that cannot end.
+
+TRL minimises the reverse KL over the whole vocabulary (beta=1). `topk_reverse_kl` is this project's default loss,
+`reverse_kl` is TRL's. Gradient checkpointing is off on both sides, though TRL's default is on and slower:
+--trl-checkpointing times that default. --trl-accumulation looks for the micro-batch that suits TRL best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers.utils import logging
+
+from prune_opd.config import Config, parse_config
+from prune_opd.tracking.metrics import Stopwatch
+from prune_opd.training.models import load_model, resolve_model
+from prune_opd.training.trainer import Trainer
+
+Samples = dict[str, list[dict[str, float]]]
+
+TRL = "TRL, reverse_kl"
+LOSSES = ("topk_reverse_kl", "reverse_kl")
+PHASES = ("rollout", "teacher", "update")
+
+
+def summarise(samples: Mapping[str, Sequence[Mapping[str, float]]], peer: str) -> dict[str, dict[str, Any]]:
+    """Median, least and greatest of every quantity of every arm, and each arm's share of the peer's time.
+
+    samples: for each arm the repeats in the order they ran, all with the same quantities; the peer is one of the arms.
+    `ratio` is the quotient of the median seconds; `ratio_min` and `ratio_max` are over repeats that ran side by side.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for arm, repeats in samples.items():
+        row: dict[str, Any] = {}
+        for name in repeats[0]:
+            values = [repeat[name] for repeat in repeats]
+            row[name] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+        rows[arm] = row
+    for arm, repeats in samples.items():
+        side_by_side = [
+            ours["seconds"] / theirs["seconds"] for ours, theirs in zip(repeats, samples[peer], strict=True)
+        ]
+        rows[arm] |= {
+            "ratio": rows[arm]["seconds"]["median"] / rows[peer]["seconds"]["median"],
+            "ratio_min": min(side_by_side),
+            "ratio_max": max(side_by_side),
+        }
+    return rows
+
+
+class Clock:
+    """Wall and processor seconds between `start` and `stop`. Processor time does not count what other programs took."""
+
+    def start(self) -> None:
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def stop(self) -> dict[str, float]:
+        return {"seconds": time.perf_counter() - self.wall, "cpu_seconds": time.process_time() - self.cpu}
+
+
+class Ours:
+    """Our trainer, one step at a time, from the same weights each time."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.trainer = Trainer(config, folder, console=Console(quiet=True))
+        self.initial = {name: value.clone() for name, value in self.trainer.student.state_dict().items()}
+
+    def step(self, step: int) -> dict[str, float]:
+        self.trainer.student.load_state_dict(self.initial)
+        clock = Clock()
+        clock.start()
+        record = self.trainer._step(step)
+        return {
+            **clock.stop(),
+            **{phase: record[f"time/{phase}"] for phase in PHASES},
+            "tokens": record["tokens/generated"],
+        }
+
+
+class TRLTimer(TrainerCallback):
+    """Clocks each step of TRL's trainer, and runs ours before it."""
+
+    def __init__(self, ours: dict[str, Ours], warmup: int) -> None:
+        self.ours, self.warmup = ours, warmup
+        self.samples: Samples = {arm: [] for arm in (*ours, TRL)}
+        self.clock, self.watch, self.tokens = Clock(), Stopwatch(torch.device("cpu")), 0
+
+    def attach(self, trainer: Any) -> None:
+        """Time sampling and the teacher's forward, and check that the prompts are token for token those of ours.
+
+        The teacher's head is projected inside the loss, so its time counts as update.
+        """
+        self.initial = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+        generate, hidden_state = trainer._generate_single_turn, trainer._get_last_hidden_state
+
+        def timed_generate(prompt_ids, *args):
+            if prompt_ids != self.expected_prompts:
+                raise RuntimeError(f"step {self.step}: TRL tokenised the prompts in another way than ours did")
+            with self.watch.phase("rollout"):
+                completions = generate(prompt_ids, *args)
+            self.tokens = sum(map(len, completions))
+            return completions
+
+        def timed_hidden_state(model, *args, **kwargs):
+            with self.watch.phase("teacher" if model is trainer.teacher_model else "student"):
+                return hidden_state(model, *args, **kwargs)
+
+        trainer._generate_single_turn, trainer._get_last_hidden_state = timed_generate, timed_hidden_state
+        trainer.add_callback(self)
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.step = state.global_step
+        for arm, ours in self.ours.items():
+            self._keep(arm, ours.step(self.step))
+        ours = next(iter(self.ours.values())).trainer
+        rollout = ours.config.rollout
+        prompts = ours.prompts.batch(self.step, rollout.prompts_per_step)
+        self.expected_prompts = [list(p.token_ids) for p in prompts for _ in range(rollout.num_generations)]
+        model.load_state_dict(self.initial)
+        self.watch.seconds.clear()
+        self.clock.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        took, inside = self.clock.stop(), self.watch.seconds
+        update = took["seconds"] - inside["rollout"] - inside["teacher"]
+        phases = {"rollout": inside["rollout"], "teacher": inside["teacher"], "update": update}
+        self._keep(TRL, {**took, **phases, "tokens": self.tokens})
+
+    def _keep(self, arm: str, sample: dict[str, float]) -> None:
+        if self.step >= self.warmup:
+            self.samples[arm].append(sample)
+
+
+def run_case(student: str, teacher: str, args: argparse.Namespace, folder: Path) -> Samples:
+    """Alternate all arms on one pair; the samples of each arm in order, without the warm-up."""
+    from trl import DistillationConfig, DistillationTrainer
+
+    steps, rollouts = args.warmup + args.repeats, args.prompts * args.generations
+    settings = {
+        "model": {"model_name_or_path": student, "teacher_model_name_or_path": teacher},
+        "data": {"train": "task:chain_sum", "max_prompt_length": 64},
+        "rollout": {
+            "prompts_per_step": args.prompts,
+            "num_generations": args.generations,
+            "max_completion_length": args.max_completion_length,
+        },
+        "objective": {"top_k": 8},
+        "pruning": {"enable": False},
+        "training": {"steps": steps, "learning_rate": 5e-5, "device": "cpu", "threads": args.threads},
+    }
+    config = parse_config(settings, where="benchmarks/step_time.py")
+    ours = {
+        f"prune-opd, {loss}": Ours(config.with_settings(**{"objective.loss": loss}), folder / loss) for loss in LOSSES
+    }
+    source, tokenizer = next(iter(ours.values())).trainer.prompts, AutoTokenizer.from_pretrained(resolve_model(student))
+    tokenizer.padding_side = "left"
+    rows = [
+        prompt.text
+        for step in range(steps)
+        for prompt in source.batch(step, args.prompts)
+        for _ in range(args.generations)
+    ]
+    cpu = torch.device("cpu")
+    trainer = DistillationTrainer(
+        model=load_model(student, config.model, dtype="float32", device=cpu),
+        teacher_model=load_model(teacher, config.model, dtype="float32", device=cpu),
+        args=DistillationConfig(
+            output_dir=str(folder / "trl"),
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="no",
+            logging_strategy="no",
+            dataloader_pin_memory=False,
+            gradient_checkpointing=args.trl_checkpointing,
+            per_device_train_batch_size=rollouts // args.trl_accumulation,
+            gradient_accumulation_steps=args.trl_accumulation,
+            max_steps=steps,
+            shuffle_dataset=False,
+            max_completion_length=args.max_completion_length,
+            temperature=config.rollout.temperature,
+            beta=1.0,
+            learning_rate=config.training.learning_rate,
+            lr_scheduler_type="constant",
+            max_grad_norm=config.training.max_grad_norm,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": rows}),
+        processing_class=tokenizer,
+    )
+    timer = TRLTimer(ours, args.warmup)
+    timer.attach(trainer)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    if torch.get_num_threads() != args.threads:
+        raise RuntimeError(f"asked for {args.threads} threads, but the steps ran with {torch.get_num_threads()}")
+    return timer.samples
+
+
+def without_end(name: str, folder: Path) -> str:
+    """A copy of a model whose EOS token is one that it has no logit for, so that no rollout ends by itself."""
+    model = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(name))
+    tokenizer.add_special_tokens({"eos_token": "<never>"})
+    if tokenizer.eos_token_id < model.get_output_embeddings().weight.shape[0]:
+        raise RuntimeError(f"{name}: id {tokenizer.eos_token_id} has a logit, so it can be sampled")
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def environment(args: argparse.Namespace) -> dict[str, Any]:
+    """What the numbers depend on besides the code."""
+    return {
+        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "versions": {name: version(name) for name in ("prune-opd", "trl", "torch", "transformers", "accelerate")},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": "cpu",
+        "cpus_allowed": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+    }
+
+
+def table_of(case: str, summary: Mapping[str, Mapping[str, Any]], repeats: int) -> Table:
+    """One case as a table: medians, the spread of the seconds, and the share of TRL's time."""
+    table = Table(title=f"{case}: seconds of a step, median of {repeats}", title_justify="left")
+    for column in ("", "step", "min-max", "cpu", *PHASES, "tokens", "ms/token", "of TRL's", "min-max"):
+        table.add_column(column, justify="left" if column == "" else "right")
+    for arm, row in summary.items():
+        seconds, tokens = row["seconds"], row["tokens"]["median"]
+        table.add_row(
+            arm,
+            f"{seconds['median']:.2f}",
+            f"{seconds['min']:.2f}-{seconds['max']:.2f}",
+            f"{row['cpu_seconds']['median']:.2f}",
+            *(f"{row[phase]['median']:.2f}" for phase in PHASES),
+            f"{tokens:.0f}",
+            f"{1000 * seconds['median'] / tokens:.3f}",
+            f"{row['ratio']:.2f}",
+            f"{row['ratio_min']:.2f}-{row['ratio_max']:.2f}",
+        )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", default="embedded:low-student", help="model of the embedded task's tokenizer")
+    parser.add_argument("--teacher", default="embedded:teacher", help="model with the same tokenizer")
+    parser.add_argument("--prompts", type=int, default=16, help="prompts a step")
+    parser.add_argument("--generations", type=int, default=4, help="rollouts of each prompt")
+    parser.add_argument("--max-completion-length", type=int, default=340, help="most tokens of a response")
+    parser.add_argument("--trl-accumulation", type=int, default=1, help="micro-batches that TRL splits a step into")
+    parser.add_argument("--trl-checkpointing", action="store_true", help="gradient checkpointing, TRL's default")
+    parser.add_argument("--repeats", type=int, default=7, help="timed steps of each arm")
+    parser.add_argument("--warmup", type=int, default=1, help="untimed steps of each arm before them")
+    parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "1")))
+    parser.add_argument("--output", type=Path, default=Path("build/benchmarks/step_time.json"))
+    args = parser.parse_args()
+    if args.prompts * args.generations % args.trl_accumulation:
+        parser.error("--trl-accumulation must divide prompts × generations")
+
+    logging.disable_progress_bar()
+    console = Console(width=150)
+    cases: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        pairs = {
+            "rollouts end by themselves": (args.student, args.teacher),
+            "rollouts run to the limit": tuple(
+                without_end(name, folder / role)
+                for role, name in (("student", args.student), ("teacher", args.teacher))
+            ),
+        }
+        for case, (student, teacher) in pairs.items():
+            samples = run_case(student, teacher, args, folder / case.replace(" ", "-"))
+            cases[case] = {"summary": summarise(samples, TRL), "samples": samples}
+            console.print(table_of(case, cases[case]["summary"], args.repeats))
+    about = environment(args)
+    versions = {"python": about["python"], **about["versions"]}
+    console.print(", ".join(f"{name} {number}" for name, number in versions.items()), highlight=False)
+    console.print(
+        f"{about['torch_threads']} threads, {about['cpus_allowed']} CPUs allowed: {about['command']}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps({**about, "cases": cases}, indent=1) + "\n", encoding="utf-8")
+    console.print(f"written to {args.output}")
+
+
+if __name__ == "__main__":
+    main()
