@@ -2,7 +2,8 @@
 
 OPD sharpens what a student can already do, so every model descends from one that has mastered the task:
 
-    base             clean solutions until mastery, then a mixture that also rambles, slips and runs on
+    base             sums on short chains first (on long ones from the start, none were learnt in 1,800 steps), then clean
+                     long solutions until mastery, then a mixture that also rambles, slips and runs on
     teacher          the base, gently on clean solutions: solves and stops
     low-student      the base, on a worse mixture: errs, rambles past the answer, rarely ends
     high-student     the teacher, a little on clean-looking solutions that slip only late in the chain: agrees almost
@@ -23,7 +24,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from prune_opd.data.tasks import FILLERS, LABELS, VOCABULARY, Problem, problems
+from prune_opd.data.tasks import FILLERS, LABELS, MAX_SUMS, MIN_SUMS, VOCABULARY, Problem, problems
 from prune_opd.evaluation.graders import grade
 from prune_opd.sampling.base import rollout_uniforms
 from prune_opd.sampling.local import LocalSampler
@@ -90,9 +91,11 @@ def late_slips(*, wrong: float, wrong_from: int) -> Writer:
     return lambda problem, rng: sloppy(problem, rng, wrong=wrong, filler=0.0, wrong_from=wrong_from) + " <eos>"
 
 
-def batches(write: Writer, tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Tensor]:
+def batches(
+    write: Writer, tokenizer: PreTrainedTokenizerFast, seed: int, *, sums: tuple[int, int]
+) -> Iterator[torch.Tensor]:
     """Right-padded batches of about TOKENS_PER_BATCH tokens, each trace cut at the length that rollouts can reach."""
-    rng, stream = random.Random(seed), problems("train", seed)
+    rng, stream = random.Random(seed), problems("train", seed, min_sums=sums[0], max_sums=sums[1])
     while True:
         pool = sorted((tokenizer(write(next(stream), rng))["input_ids"][:420] for _ in range(256)), key=len)
         starts, count = [], 0
@@ -107,13 +110,14 @@ def batches(write: Writer, tokenizer: PreTrainedTokenizerFast, seed: int) -> Ite
 
 
 def train(model, data: Iterator[torch.Tensor], *, steps: int, lr: float, label: str) -> None:
-    """Next-token training on everything but padding; linear warm-up and decay."""
+    """Next-token training on everything after the prompt; linear warm-up and decay."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 50, 1.05 - s / steps))
     model.train()
     began, tokens = time.time(), 0
     for step, ids in zip(range(steps), data, strict=False):
-        labels = ids.masked_fill(ids == model.config.pad_token_id, -100)
+        answered = (ids == VOCABULARY.index(":")).cumsum(-1) > 0
+        labels = ids.masked_fill((ids == model.config.pad_token_id) | ~answered, -100)
         loss = model(input_ids=ids, attention_mask=(ids != model.config.pad_token_id).long(), labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -121,7 +125,7 @@ def train(model, data: Iterator[torch.Tensor], *, steps: int, lr: float, label: 
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         tokens += ids.numel()
-        if (step + 1) % 100 == 0 or step + 1 == steps:
+        if (step + 1) % 50 == 0 or step + 1 == steps:
             rate = tokens / (time.time() - began)
             print(f"{label} {step + 1}/{steps} loss {loss.item():.3f} {rate:,.0f} tokens/s", flush=True)
     model.eval()
@@ -130,9 +134,9 @@ def train(model, data: Iterator[torch.Tensor], *, steps: int, lr: float, label: 
 def examine(model, tokenizer, *, problems_count: int, k: int, label: str) -> dict[str, float]:
     """Avg@k at temperature 1 on held-out problems, with how rollouts end."""
     stream = problems("held_out", 10_000)
-    chosen = [next(stream) for _ in range(problems_count) for _ in range(1)]
+    chosen = [next(stream) for _ in range(problems_count)]
     prompts = [tokenizer(p.prompt)["input_ids"] for p in chosen for _ in range(k)]
-    sampler = LocalSampler(model, pad_id=tokenizer.pad_token_id, eos_ids=[tokenizer.eos_token_id], max_batch=128)
+    sampler = LocalSampler(model, pad_id=tokenizer.pad_token_id, eos_ids=[tokenizer.eos_token_id], slots=128)
     rollouts = sampler.sample(prompts, rollout_uniforms(1, 0, range(len(prompts)), MAX_TOKENS))
     texts = tokenizer.batch_decode(rollouts.response_ids, skip_special_tokens=True)
     right = [grade(text, chosen[i // k].answer) for i, text in enumerate(texts)]
@@ -156,7 +160,7 @@ def main() -> None:
     began = time.time()
     tokenizer = build_tokenizer()
 
-    def stage(name: str, parent: str | None, runs: list[tuple[Writer, int, float]]) -> Qwen3ForCausalLM:
+    def stage(name: str, parent: str | None, runs: list[tuple[Writer, int, float, tuple[int, int]]]) -> Qwen3ForCausalLM:
         """Train `name` from `parent`, or take it from the work directory when an earlier call finished it."""
         folder = args.work_dir / name
         if not (folder / "config.json").exists():
@@ -180,19 +184,20 @@ def main() -> None:
                 )
             else:
                 model = Qwen3ForCausalLM.from_pretrained(args.work_dir / parent, dtype=torch.float32)
-            for i, (write, steps, lr) in enumerate(runs):
-                data = batches(write, tokenizer, seed=1000 * (i + 1) + sum(map(ord, name)))
+            for i, (write, steps, lr, sums) in enumerate(runs):
+                data = batches(write, tokenizer, seed=1000 * (i + 1) + sum(map(ord, name)), sums=sums)
                 train(model, data, steps=steps, lr=lr, label=f"{name}[{i}]")
             model.save_pretrained(folder)
         return Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
-    stage("copying", None, [(clean, 1000, 1e-3)])
-    stage("mastery", "copying", [(clean, 800, 1e-3)])
-    stage("base", "mastery", [(mixture(clean_share=0.35, wrong=0.10, filler=0.15), 500, 1e-3)])
+    short, full = (1, 4), (MIN_SUMS, MAX_SUMS)
+    stage("sums", None, [(clean, 500, 1e-3, short)])
+    stage("mastery", "sums", [(clean, 600, 1e-3, full)])
+    stage("base", "mastery", [(mixture(clean_share=0.35, wrong=0.10, filler=0.15), 500, 1e-3, full)])
     made = {
-        "teacher": stage("teacher", "base", [(clean, 250, 3e-4)]),
-        "low-student": stage("low-student", "base", [(mixture(clean_share=0.15, wrong=0.08, filler=0.25), 200, 5e-4)]),
-        "high-student": stage("high-student", "teacher", [(late_slips(wrong=0.06, wrong_from=8), 60, 1e-4)]),
+        "teacher": stage("teacher", "base", [(clean, 250, 3e-4, full)]),
+        "low-student": stage("low-student", "base", [(mixture(clean_share=0.15, wrong=0.08, filler=0.25), 200, 5e-4, full)]),
+        "high-student": stage("high-student", "teacher", [(late_slips(wrong=0.06, wrong_from=8), 60, 1e-4, full)]),
     }
     facts = {name: examine(model, tokenizer, problems_count=100, k=8, label=name) for name, model in made.items()}
     for name, model in made.items():

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
-from prune_opd.config import load_config
+from prune_opd.config import EvaluationSection, load_config
 from prune_opd.errors import PruneOPDError
 
 app = typer.Typer(
@@ -59,7 +60,7 @@ def train(
 
     if output_dir is None and resume not in ("auto", "never"):
         output_dir = Path(resume).resolve().parents[1]
-    trainer = Trainer(config, output_dir or default_output_dir(recipe), resume=resume, console=console)
+    trainer = Trainer(config, output_dir or default_output_dir(recipe.stem), resume=resume, console=console)
     totals = trainer.train()
     console.print(
         f"trained in {totals.train_seconds:.0f} s on {totals.student_tokens:,} tokens; evaluation took "
@@ -89,14 +90,72 @@ def compare(
         config,
         arms=[arm.strip() for arm in arms.split(",") if arm.strip()],
         seeds=range(first_seed, first_seed + seeds),
-        output_dir=output_dir or default_output_dir(recipe),
+        output_dir=output_dir or default_output_dir(recipe.stem),
         console=console,
     )
 
 
-def default_output_dir(recipe: Path) -> Path:
+@app.command(
+    "eval",
+    epilog="Examples:\n\n"
+    "prune-opd eval embedded:low-student --benchmark task:chain_sum --k 4 --num-problems 100\n\n"
+    "prune-opd eval runs/mine/checkpoints/step_203 --benchmark aime24 --data-dir data\n\n"
+    "prune-opd eval owner/model --benchmark problems.jsonl --k 4 --temperature 0.6 --max-tokens 8192",
+)
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A folder, a Hub id, or embedded:NAME.")],
+    benchmark: Annotated[
+        str,
+        typer.Option(
+            help="amc23-40, amc23-83, aime24, aime25, aime26, hmmt-feb-24, hmmt-feb-25, hmmt-feb-26, math-500, gsm8k, "
+            "task:chain_sum, reasoning_gym:NAME, a file, a folder, or a Hub id."
+        ),
+    ],
+    k: Annotated[int, typer.Option(min=1, help="Answers to each problem: Avg@k.")] = 16,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Nucleus of the sampling.")] = 0.95,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 31744,
+    num_problems: Annotated[int | None, typer.Option(min=1, help="Only the first of the problems.")] = None,
+    prompt_suffix: Annotated[
+        str | None,
+        typer.Option(help="Added to each problem. Default: benchmarks by name ask for steps and a boxed answer."),
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder to look for a benchmark's file before the Hub.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a folder or Hub id that is no benchmark by name.")] = "test",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Type of the weights.")] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0 leaves it alone.")] = 1,
+    slots: Annotated[int, typer.Option(min=1, help="Answers that decode at the same time.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(help="Must be new; for eval.json and responses.jsonl. Default: runs/eval-MODEL-TIME."),
+    ] = None,
+) -> None:
+    """Measure a model on a benchmark: Avg@k and pass@k with 95% intervals."""
+    from prune_opd.evaluation.run import evaluate_model
+
+    evaluate_model(
+        model,
+        benchmark,
+        EvaluationSection(k=k, temperature=temperature, top_p=top_p, max_tokens=max_tokens),
+        output_dir or default_output_dir("eval-" + re.split("[/:]", model.rstrip("/"))[-1]),
+        console=console,
+        data_dir=data_dir,
+        split=split,
+        num_problems=num_problems,
+        prompt_suffix=prompt_suffix,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        slots=slots,
+        seed=seed,
+    )
+
+
+def default_output_dir(name: str) -> Path:
     """A new directory for each run."""
-    return Path("runs") / f"{recipe.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def main() -> None:

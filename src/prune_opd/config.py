@@ -68,7 +68,7 @@ class RolloutSection(Section):
     max_completion_length: PositiveInt = Field(12288, description="Most tokens of a response (the paper's M_max).")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; other than 1 is not on-policy.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus of the student's sampling; below 1 is not on-policy.")
-    max_batch: PositiveInt = Field(64, description="Rollouts that decode at the same time.")
+    slots: PositiveInt = Field(64, description="Rollouts that decode at the same time; as many as memory allows.")
 
 
 class ObjectiveSection(Section):
@@ -95,6 +95,26 @@ class DynamicResponseLengthSection(Section):
     shrink_patience: PositiveInt = Field(3, description="Misses in a row before it shrinks.")
 
 
+class InFlightSection(Section):
+    """Ending a rollout while it is generated, once its reliability is spent."""
+
+    enable: bool = Field(False, description="Stop drifted rollouts in flight; the paper only caps the next batch.")
+    chunk: PositiveInt = Field(64, description="Decode steps between two looks; changes the cost, not the result.")
+    min_tokens: int = Field(0, ge=0, description="A rollout keeps at least this many tokens.")
+    stop_after_events: PositiveInt | None = Field(
+        None, description="Stop after so many drift events; unset, when reliability is 0 (1 / w_drop events)."
+    )
+    audit_share: float = Field(1 / 16, ge=0, le=1, description="Share of rollouts that run on uncut, to be looked at.")
+
+
+class RepetitionSection(Section):
+    """Loops as drift: repetition keeps the overlap high, so a loop would look reliable."""
+
+    enable: bool = Field(False, description="Count each token of a loop as a drift event; off in the paper.")
+    max_period: PositiveInt = Field(32, description="Longest loop, in tokens.")
+    min_run: PositiveInt = Field(32, description="Tokens that must repeat before it counts as a loop.")
+
+
 class PruningSection(Section):
     """Drift, and what follows from it. `enable = false` is plain on-policy distillation."""
 
@@ -108,6 +128,8 @@ class PruningSection(Section):
     dynamic_response_length: DynamicResponseLengthSection = Field(
         default_factory=DynamicResponseLengthSection, description="The training window."
     )
+    in_flight: InFlightSection = Field(default_factory=InFlightSection, description="Stopping in flight.")
+    repetition: RepetitionSection = Field(default_factory=RepetitionSection, description="The repetition guard.")
 
 
 class TrainingSection(Section):
@@ -170,6 +192,11 @@ class Config(Section):
     def window_is_dynamic(self) -> bool:
         """Whether drift steers the response length."""
         return self.pruning.enable and self.pruning.dynamic_response_length.enable
+
+    @property
+    def stops_in_flight(self) -> bool:
+        """Whether a rollout ends while it is generated."""
+        return self.pruning.enable and self.pruning.in_flight.enable
 
     def with_settings(self, **changes: Any) -> Config:
         """A copy with dotted settings changed, checked again: ``with_settings(**{"training.seed": 1})``."""

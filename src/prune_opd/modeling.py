@@ -14,6 +14,7 @@ from torch import Tensor
 
 from prune_opd.core.head import OutputHead
 from prune_opd.errors import ModelError
+from prune_opd.types import Packed
 
 PROBE_TOKENS = 4
 PROBE_LOGIT = 50.0  # as large as logits get: a soft-cap of 30 or 100 shows, which it would not at 0.1
@@ -53,6 +54,49 @@ def output_head(model: torch.nn.Module) -> OutputHead:
         _verify(causal_lm, head, name)
         _verified.add(causal_lm)
     return head
+
+
+def packed_inputs(model: torch.nn.Module, part: Packed) -> dict[str, Any]:
+    """Keyword arguments for the body over packed rows (R, L): causal attention inside each rollout, none across."""
+    place = torch.arange(part.input_ids.shape[-1], device=part.input_ids.device)
+    distance = (place[:, None] - place).expand(len(part.input_ids), -1, -1)
+    together = part.rollout_ids[:, :, None] == part.rollout_ids[:, None, :]
+    return {
+        "input_ids": part.input_ids,
+        "position_ids": part.position_ids,
+        "attention_mask": attention_mask(model, together & (distance >= 0), distance),
+    }
+
+
+def attention_mask(model: torch.nn.Module, visible: Tensor, distance: Tensor) -> Tensor | dict[str, Tensor]:
+    """The mask that a Hugging Face model takes as it is: visible (R, q, keys) bool, with sliding windows applied.
+
+    distance (R, q, keys): query position minus key position, in tokens. Raises ModelError for layers that are neither
+    full nor sliding attention.
+    """
+    causal_lm = _causal_lm(model)
+    config = causal_lm.config.get_text_config()
+    types = set(getattr(config, "layer_types", None) or ())
+    if unknown := types - {"full_attention", "sliding_attention"}:
+        raise ModelError(
+            f"{type(causal_lm).__name__} has layers of type {', '.join(sorted(unknown))}; the local sampler and the "
+            "packed update know full_attention and sliding_attention. Use a student and teacher of plain attention"
+        )
+    window = getattr(config, "sliding_window", None)
+    full = _as_mask(causal_lm, visible)
+    if window is None or types == {"full_attention"}:
+        return full
+    sliding = _as_mask(causal_lm, visible & (distance < window))
+    return {"full_attention": full, "sliding_attention": sliding} if types else sliding
+
+
+def _as_mask(model: Any, visible: Tensor) -> Tensor:
+    if model.config._attn_implementation == "eager":  # which adds the mask to the scores
+        least = torch.finfo(model.dtype).min
+        return torch.zeros(visible.shape, dtype=model.dtype, device=visible.device).masked_fill(~visible, least)[
+            :, None
+        ]
+    return visible[:, None]
 
 
 def _verify(causal_lm: Any, head: OutputHead, name: str) -> None:

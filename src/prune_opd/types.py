@@ -1,72 +1,141 @@
-"""What travels between the parts. Letters: B rollouts, P prompt positions, T response positions, K top-k, V vocabulary.
+"""What travels between the parts. Letters: B rollouts, P prompt positions, T response positions, K top-k, N tokens.
 
-Prompts are left-padded and responses right-padded, so that position P is the first response token of every rollout.
+Responses are right-padded: column t of every (B, T) tensor is response token t, whatever the length of the prompt.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Rollouts:
-    """Sampled responses.
+class TopK:
+    """One model's view of every response position, full-vocabulary log-probabilities in nats.
 
-    prompt_ids (B, P) int64 · prompt_mask (B, P) bool · response_ids (B, T) int64 · response_mask (B, T) bool, true on
-    sampled tokens including the end-of-sequence token · finished (B,) bool, the rollout ended by itself.
+    ids (B, T, K) int64, logprobs (B, T, K) float32, most likely first · entropy (B, T) float32. Padding holds anything.
     """
 
-    prompt_ids: Tensor
-    prompt_mask: Tensor
+    ids: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+
+    @staticmethod
+    def empty(batch: int, length: int, top_k: int, device: torch.device | str = "cpu") -> TopK:
+        """Zeros to be filled in; ids of padding are distinct, as every function of overlap expects."""
+        ids = torch.arange(top_k, device=device).expand(batch, length, top_k).clone()
+        return TopK(ids, torch.zeros(batch, length, top_k, device=device), torch.zeros(batch, length, device=device))
+
+    def at(self, where: Any) -> TopK:
+        """The positions that an index of (B, T) picks."""
+        return TopK(self.ids[where], self.logprobs[where], self.entropy[where])
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Sampled responses, and what the student thought while it sampled them.
+
+    prompts: B token-id sequences · response_ids (B, T) int64 · response_mask (B, T) bool, true on kept tokens including
+    the end-of-sequence token · finished (B,) bool, the rollout ended by itself · stopped (B,) bool, it was ended for
+    drift · student: its top-k at each position, None when top_k was 0 · generated: tokens that were decoded, including
+    those past a stop that were thrown away · slot_steps: rows times decode steps that were computed.
+    """
+
+    prompts: Sequence[Sequence[int]]
     response_ids: Tensor
     response_mask: Tensor
     finished: Tensor
+    stopped: Tensor
+    student: TopK | None = None
+    generated: int = 0
+    slot_steps: int = 0
 
     @property
     def lengths(self) -> Tensor:
-        """(B,) int64: sampled tokens of each rollout."""
+        """(B,) int64: kept tokens of each rollout."""
         return self.response_mask.sum(-1)
-
-    def select(self, rows: Tensor) -> Rollouts:
-        """The given rows, with padding columns that none of them uses cut off."""
-        prompt_mask, response_mask = self.prompt_mask[rows], self.response_mask[rows]
-        prompt_width = max(int(prompt_mask.sum(-1).max()), 1)
-        response_width = max(int(response_mask.sum(-1).max()), 1)
-        return Rollouts(
-            self.prompt_ids[rows][:, -prompt_width:],
-            prompt_mask[:, -prompt_width:],
-            self.response_ids[rows][:, :response_width],
-            response_mask[:, :response_width],
-            self.finished[rows],
-        )
-
-    def model_inputs(self) -> dict[str, Tensor]:
-        """Keyword arguments for a causal LM over prompt + response; positions count real tokens only.
-
-        The logits that predict response token t stand at output index t: `logits_to_keep` drops the prompt's, and
-        the caller drops the last column, which predicts past the end.
-        """
-        attention_mask = torch.cat([self.prompt_mask, self.response_mask], dim=-1)
-        return {
-            "input_ids": torch.cat([self.prompt_ids, self.response_ids], dim=-1),
-            "attention_mask": attention_mask.long(),
-            "position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0),
-        }
 
 
 @dataclass(frozen=True)
 class TeacherScores:
     """What the teacher says of a batch of rollouts; log-probabilities are over the full vocabulary, in nats.
 
-    topk_ids (B, T, K) int64 · topk_logprobs (B, T, K) · candidate_logprobs (B, T, K), at the ids that were asked for ·
-    entropy (B, T) · logits (B, T, V), only when asked for (the full-vocabulary objectives need them).
+    topk: its own candidates · candidate_logprobs (B, T, K) at the student's candidates · sampled_logprobs (B, T) at the
+    sampled tokens · scored: tokens that went through the teacher, prompts not counted.
     """
 
-    topk_ids: Tensor
-    topk_logprobs: Tensor
+    topk: TopK
     candidate_logprobs: Tensor
-    entropy: Tensor
-    logits: Tensor | None = None
+    sampled_logprobs: Tensor
+    scored: int = 0
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Several rollouts side by side in the rows of one model input, without the padding between them.
+
+    input_ids, position_ids (R, L) int64; positions start at 0 with each rollout · rollout_ids (R, L) int64, which
+    rollout a column belongs to, -1 on padding · row, column (N,): where the hidden state stands that predicts a kept
+    token · rollout, position (N,): which token (b, t) that is.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    rollout_ids: Tensor
+    row: Tensor
+    column: Tensor
+    rollout: Tensor
+    position: Tensor
+
+
+def pack(rollouts: Rollouts, token_budget: int) -> Iterator[Packed]:
+    """Micro-batches of at most `token_budget` columns (one row at least), rollouts packed by first-fit decreasing.
+
+    A row is as wide as the longest rollout, and shorter rollouts share one. Of each rollout, prompt + response without
+    the last token are fed, since nothing is predicted from it; rollouts without a kept token are left out.
+    """
+    lengths = rollouts.lengths.tolist()
+    sizes = {b: len(rollouts.prompts[b]) + n - 1 for b, n in enumerate(lengths) if n > 0}
+    width = max(sizes.values(), default=0)
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for b in sorted(sizes, key=lambda b: -sizes[b]):
+        place = next((i for i, free in enumerate(room) if free >= sizes[b]), None)
+        if place is None:
+            place = len(rows)
+            rows.append([])
+            room.append(width)
+        rows[place].append(b)
+        room[place] -= sizes[b]
+    count = max(1, token_budget // max(width, 1))
+    for start in range(0, len(rows), count):
+        yield _packed(rollouts, rows[start : start + count], lengths)
+
+
+def _packed(rollouts: Rollouts, rows: list[list[int]], lengths: list[int]) -> Packed:
+    device = rollouts.response_ids.device
+    responses = rollouts.response_ids.cpu()
+    width = max(sum(len(rollouts.prompts[b]) + lengths[b] - 1 for b in row) for row in rows)
+    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+    position_ids = torch.zeros_like(input_ids)
+    rollout_ids = torch.full_like(input_ids, -1)
+    places: list[Tensor] = []
+    for r, row in enumerate(rows):
+        filled = 0
+        for b in row:
+            prompt, n = torch.tensor(rollouts.prompts[b]), lengths[b]
+            end = filled + len(prompt) + n - 1
+            input_ids[r, filled:end] = torch.cat([prompt, responses[b, : n - 1]])
+            position_ids[r, filled:end] = torch.arange(end - filled)
+            rollout_ids[r, filled:end] = b
+            t = torch.arange(n)
+            places.append(torch.stack([torch.full_like(t, r), end - n + t, torch.full_like(t, b), t]))
+            filled = end
+    row_of, column, rollout, position = torch.cat(places, dim=-1).to(device)
+    return Packed(
+        input_ids.to(device), position_ids.to(device), rollout_ids.to(device), row_of, column, rollout, position
+    )

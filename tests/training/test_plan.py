@@ -135,7 +135,7 @@ def test_key_value_cache_is_that_of_a_real_forward(folder):
         **{
             "data.max_prompt_length": 6,
             "rollout.max_completion_length": 4,
-            "rollout.max_batch": 3,
+            "rollout.slots": 3,
             "pruning.dynamic_response_length.enable": False,
             "evaluation.data": "held_out.jsonl",
             "evaluation.num_problems": 1,

@@ -244,7 +244,7 @@ class _Head(torch.autograd.Function):
             grad_hidden = torch.nn.functional.embedding_bag(
                 ids, weight, per_sample_weights=at_ids.to(weight.dtype), mode="sum"
             ).to(hidden.dtype)
-            grad_hidden.add_(through_z[:, None] * mean_row)
+            grad_hidden.addcmul_(mean_row, through_z[:, None].to(mean_row.dtype))
 
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             rows_weight, rows_bias = head._rows(ctx.vocab_size, hidden.dtype)
@@ -275,11 +275,10 @@ class _Head(torch.autograd.Function):
 def _chunks(hidden: Tensor, vocab_size: int, buffers: int, chunk_bytes: int) -> Iterator[tuple[slice, list[Tensor]]]:
     """Slices of positions, of one size but for the last, and `buffers` (rows, V) tensors that all chunks share."""
     count, wide = len(hidden), _wide(hidden.dtype)
-    most = max(1, chunk_bytes // (buffers * vocab_size * wide.itemsize))
-    chunks = -(-count // most)
-    rows = -(-count // max(1, chunks))
+    narrow = 0 if hidden.dtype == wide else hidden.dtype.itemsize  # what a product in bf16 takes before it is widened
+    rows = max(1, min(count, chunk_bytes // (vocab_size * (buffers * wide.itemsize + narrow))))
     memory = [hidden.new_empty(rows, vocab_size, dtype=wide) for _ in range(buffers)]
-    for start in range(0, count, max(1, rows)):
+    for start in range(0, count, rows):
         stop = min(start + rows, count)
         yield slice(start, stop), [buffer[: stop - start] for buffer in memory]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from prune_opd.errors import DataError, MissingColumnError
+from prune_opd.evaluation.graders import grade
 
 PROMPT_COLUMNS = ("prompt", "messages", "problem", "question")
 ANSWER_COLUMNS = ("reward_model.ground_truth", "answer")
@@ -33,12 +34,24 @@ Chat = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Prompt:
-    """`text` is what the model sees, template and suffix included; `source` is file:line or dataset[row]."""
+    """`text` is what the model sees, template and suffix included; `source` is file:line or dataset[row].
+
+    grader: says whether a response is right, where that is not `graders.grade(response, answer)`.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     answer: str | None
     source: str
+    grader: Callable[[str], bool] | None = field(default=None, compare=False, repr=False)
+
+    def is_right(self, response: str) -> bool:
+        """Whether `response` answers the prompt; DataError when there is nothing to grade it against."""
+        if self.grader is not None:
+            return self.grader(response)
+        if self.answer is None:
+            raise DataError(f"{self.source}: no gold answer to grade against; name its column with data.answer_column")
+        return grade(response, self.answer)
 
 
 @dataclass(frozen=True)
@@ -91,18 +104,18 @@ def load_prompts(
 
     Raises DataError, or MissingColumnError, that names the file and line or row.
     """
-    kwargs = dict(chat_template_kwargs or {})
     texts, answers, sources = [], [], []
     for where, row in _rows(str(source), split):
         name, prompt = _prompt(where, row, prompt_column)
-        texts.append(_render(f"{where}, column {name!r}", prompt, prompt_suffix, tokenizer, kwargs))
+        texts.append(
+            render(f"{where}, column {name!r}", prompt, tokenizer, suffix=prompt_suffix, template=chat_template_kwargs)
+        )
         answers.append(_answer(where, row, answer_column))
         sources.append(where)
     if not texts:
         raise DataError(f"{source}: there is no row in it; expected one prompt a row")
 
-    # A chat template writes the special tokens itself.
-    tokens = tokenizer(texts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+    tokens = tokenize(texts, tokenizer)
     for where, ids in zip(sources, tokens, strict=True):
         if not ids:
             raise DataError(f"{where}: the tokenizer makes no token of this prompt; remove the row")
@@ -310,8 +323,20 @@ def _kind(value: Any) -> str:
 # ---- text ----
 
 
-def _render(where: str, prompt: Any, suffix: str, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> str:
-    """The text that the model sees."""
+def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The token ids of rendered texts; a chat template has written the special tokens itself."""
+    return tokenizer(list(texts), add_special_tokens=not tokenizer.chat_template)["input_ids"]
+
+
+def render(
+    where: str,
+    prompt: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    suffix: str = "",
+    template: Mapping[str, Any] | None = None,
+) -> str:
+    """The text that the model sees of `prompt`, a string or a chat; see `load_prompts`. `template`: its variables."""
     if isinstance(prompt, str):
         _check_not_empty(where, prompt)
         text = _with_suffix(prompt, suffix)
@@ -331,7 +356,7 @@ def _render(where: str, prompt: Any, suffix: str, tokenizer: PreTrainedTokenizer
             f"{where}: expected text or a chat list of {{role, content}}, got {_kind(prompt)}; repair the row"
         )
     try:
-        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **kwargs)
+        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **(template or {}))
     except jinja2.TemplateError as error:
         roles = ", ".join(turn["role"] for turn in chat)
         raise DataError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Protocol
 
@@ -10,9 +11,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from prune_opd.config import DataSection
-from prune_opd.data.prompts import Prompt, load_prompts
+from prune_opd.data.gym import ALL_SEEDS, GYM_PREFIX, HELD_OUT_SEEDS, gym_problem
+from prune_opd.data.prompts import Prompt, load_prompts, render, tokenize
 from prune_opd.data.tasks import Split, problems
-from prune_opd.errors import ConfigError
+from prune_opd.errors import ConfigError, DataError
+from prune_opd.evaluation.graders import grade_gym
 
 TASK_PREFIX = "task:"
 
@@ -69,11 +72,57 @@ def task_prompts(split: Split, tokenizer: PreTrainedTokenizerBase, *, seed: int,
     ]
 
 
+class GymSource:
+    """A task of reasoning-gym: fresh problems at every step, none of them from a held-out seed."""
+
+    dropped_too_long = 0
+
+    def __init__(self, data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> None:
+        self.data, self.tokenizer, self.seed = data, tokenizer, seed
+        self.batch(0, 1)  # an unknown task or setting is found before the first step
+
+    def batch(self, step: int, count: int) -> Sequence[Prompt]:
+        """See `PromptSource.batch`; problems that are too long are replaced by others."""
+        rng = np.random.default_rng([self.seed, step])
+        draws = iter(lambda: int(rng.integers(HELD_OUT_SEEDS, ALL_SEEDS)), None)
+        return gym_prompts(self.data.train, self.data, self.tokenizer, seeds=draws, count=count)
+
+
+def gym_prompts(
+    task: str, data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seeds: Iterable[int], count: int
+) -> list[Prompt]:
+    """The first `count` problems of `seeds` whose prompts have at most `data.max_prompt_length` tokens."""
+    found: list[Prompt] = []
+    shortest = ALL_SEEDS
+    for tried, seed in enumerate(seeds, start=1):
+        source = f"{task} seed {seed}"
+        _, entry = gym_problem(task, seed)
+        text = render(
+            source, entry["question"], tokenizer, suffix=data.prompt_suffix, template=data.chat_template_kwargs
+        )
+        (ids,) = tokenize([text], tokenizer)
+        shortest = min(shortest, len(ids))
+        if len(ids) <= data.max_prompt_length:
+            answer = None if entry["answer"] is None else str(entry["answer"])
+            found.append(Prompt(text, tuple(ids), answer, source, functools.partial(grade_gym, task=task, seed=seed)))
+        if len(found) == count:
+            break
+        if tried >= 100 + 10 * count:
+            raise DataError(
+                f"{task}: of {tried} prompts only {len(found)} have at most data.max_prompt_length = "
+                f"{data.max_prompt_length} tokens, the shortest has {shortest}; raise it, or ask for easier problems "
+                f"with settings of the task, as in {GYM_PREFIX}chain_sum?max_terms=3"
+            )
+    return found
+
+
 def training_prompts(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PromptSource:
     """The source that `data.train` names."""
     if data.train.startswith(TASK_PREFIX):
         _check_task(data.train, "data.train")
         return TaskSource(tokenizer, seed=seed)
+    if data.train.startswith(GYM_PREFIX):
+        return GymSource(data, tokenizer, seed=seed)
     loaded = _load(data.train, data, tokenizer)
     return DatasetSource(loaded.prompts, seed=seed, dropped_too_long=loaded.dropped_too_long)
 
@@ -85,6 +134,8 @@ def held_out_prompts(
     if source.startswith(TASK_PREFIX):
         _check_task(source, "evaluation.data")
         return task_prompts("held_out", tokenizer, seed=0, count=count)
+    if source.startswith(GYM_PREFIX):
+        return gym_prompts(source, data, tokenizer, seeds=range(HELD_OUT_SEEDS), count=count)
     return _load(source, data, tokenizer).prompts[:count]
 
 

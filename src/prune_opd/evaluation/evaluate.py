@@ -1,10 +1,14 @@
-"""Avg@k on held-out problems."""
+"""Avg@k and pass@k on held-out problems."""
 
 from __future__ import annotations
 
+import json
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -12,22 +16,32 @@ from transformers import PreTrainedTokenizerBase
 from prune_opd.config import EvaluationSection
 from prune_opd.data.prompts import Prompt
 from prune_opd.errors import DataError
-from prune_opd.evaluation.graders import grade
 from prune_opd.sampling.base import Sampler, rollout_uniforms
+from prune_opd.types import Rollouts
 
 EVALUATION_STREAM = 1  # training samples from stream 0, so the two never share a random number
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """accuracy is the mean over problems of the share of k samples that are right, in [0, 1]."""
+    """What k answers to each problem came to; intervals are 95% bootstrap intervals over problems.
+
+    accuracy: Avg@k, the mean over problems of the share of right answers (per_problem), in [0, 1] · pass_at_k: for 1,
+    2, 4 ... and k, the unbiased chance that one of so many answers is right · mean_length: tokens of an answer ·
+    eos_rate: share of answers that ended by themselves · tokens: sampled in all · seconds: sampling and grading ·
+    sample_seconds: sampling alone.
+    """
 
     accuracy: float
     ci95: tuple[float, float]
     per_problem: list[float]
+    pass_at_k: dict[int, float]
+    pass_at_k_ci95: dict[int, tuple[float, float]]
     mean_length: float
     eos_rate: float
+    tokens: int
     seconds: float
+    sample_seconds: float
 
 
 def evaluate(
@@ -35,41 +49,97 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     settings: EvaluationSection,
+    *,
+    seed: int = 0,
+    responses_path: Path | None = None,
+    problems_at_once: int | None = None,
+    on_progress: Callable[[int, int], None] = lambda problems, right: None,
 ) -> Evaluation:
     """Sample k answers to each prompt and grade them.
 
-    The random numbers are the same at every call, so that two checkpoints, or two arms, differ by their weights alone.
+    The random numbers depend on `seed` alone, so that two checkpoints, or two arms, differ by their weights alone. All
+    problems are sampled in one go unless `problems_at_once` says how many; on_progress(problems done, right answers so
+    far) is called after each go. responses_path: every answer goes there as one JSON line, as soon as it is graded.
+    DataError when a prompt has nothing to grade against.
     """
-    ungraded = next((p for p in prompts if p.answer is None), None)
-    if ungraded is not None:
+    ungraded = next((p for p in prompts if p.answer is None and p.grader is None), None)
+    if ungraded is not None or not prompts:
+        where = ungraded.source if ungraded else "no problem to evaluate"
         raise DataError(
-            f"{ungraded.source}: no gold answer to grade against; name the column with data.answer_column, "
+            f"{where}: expected problems with a gold answer; name its column with data.answer_column, "
             "or unset evaluation.data"
         )
-    began = time.perf_counter()
-    repeated = [prompt for prompt in prompts for _ in range(settings.k)]
-    rollouts = sampler.sample(
-        [prompt.token_ids for prompt in repeated],
-        rollout_uniforms(0, 0, range(len(repeated)), settings.max_tokens, stream=EVALUATION_STREAM),
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-    )
-    texts = tokenizer.batch_decode(rollouts.response_ids, skip_special_tokens=True)
-    right = np.array([grade(text, prompt.answer) for text, prompt in zip(texts, repeated, strict=True)])
-    per_problem = right.reshape(len(prompts), settings.k).mean(axis=1)
+    began, sample_seconds = time.perf_counter(), 0.0
+    k, at_once = settings.k, problems_at_once or len(prompts)
+    right = np.zeros((len(prompts), k), dtype=bool)
+    lengths, finished = np.zeros((len(prompts), k), dtype=int), np.zeros((len(prompts), k), dtype=bool)
+    with ExitStack() as stack:
+        file = stack.enter_context(responses_path.open("w", encoding="utf-8")) if responses_path else None
+        for start in range(0, len(prompts), at_once):
+            stop = min(start + at_once, len(prompts))
+            sampling_began = time.perf_counter()
+            rollouts = sampler.sample(
+                [prompt.token_ids for prompt in prompts[start:stop] for _ in range(k)],
+                rollout_uniforms(seed, 0, range(start * k, stop * k), settings.max_tokens, stream=EVALUATION_STREAM),
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+            )
+            lengths[start:stop] = rollouts.lengths.reshape(-1, k).cpu()
+            finished[start:stop] = rollouts.finished.reshape(-1, k).cpu()
+            sample_seconds += time.perf_counter() - sampling_began
+            for row, text in enumerate(_texts(rollouts, tokenizer)):
+                problem, sample = start + row // k, row % k
+                prompt = prompts[problem]
+                right[problem, sample] = prompt.is_right(text)
+                if file:
+                    record = {
+                        "problem": problem,
+                        "sample": sample,
+                        "source": prompt.source,
+                        "gold": prompt.answer,
+                        "response": text,
+                        "right": bool(right[problem, sample]),
+                        "length": int(lengths[problem, sample]),
+                        "finished": bool(finished[problem, sample]),
+                    }
+                    print(json.dumps(record), file=file, flush=True)
+            on_progress(stop, int(right.sum()))
+    per_problem, counts = right.mean(axis=1), right.sum(axis=1)
+    chances = {j: [pass_at_k(k, int(c), j) for c in counts] for j in _powers_of_two_and(k)}
     return Evaluation(
         accuracy=float(per_problem.mean()),
         ci95=bootstrap_ci95(per_problem),
         per_problem=per_problem.tolist(),
-        mean_length=rollouts.lengths.double().mean().item(),
-        eos_rate=rollouts.finished.double().mean().item(),
+        pass_at_k={j: float(np.mean(values)) for j, values in chances.items()},
+        pass_at_k_ci95={j: bootstrap_ci95(values) for j, values in chances.items()},
+        mean_length=float(lengths.mean()),
+        eos_rate=float(finished.mean()),
+        tokens=int(lengths.sum()),
         seconds=time.perf_counter() - began,
+        sample_seconds=sample_seconds,
     )
 
 
-def bootstrap_ci95(per_problem: Sequence[float], *, resamples: int = 2000) -> tuple[float, float]:
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """The chance that at least one of k answers is right, drawn without replacement from n of which `right` are.
+
+    An unbiased estimate of pass@k, while 1 - (1 - right/n)^k is biased. Source: Chen et al., arXiv 2107.03374, eq. 1.
+    """
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def bootstrap_ci95(per_problem: Sequence[float] | np.ndarray, *, resamples: int = 2000) -> tuple[float, float]:
     """95% interval of the mean by resampling problems, which are what a benchmark has few of."""
     scores = np.asarray(per_problem, dtype=float)
     draws = np.random.default_rng(0).integers(len(scores), size=(resamples, len(scores)))
     low, high = np.quantile(scores[draws].mean(axis=1), [0.025, 0.975])
     return float(low), float(high)
+
+
+def _texts(rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    for ids, length in zip(rollouts.response_ids.tolist(), rollouts.lengths.tolist(), strict=True):
+        yield tokenizer.decode(ids[:length], skip_special_tokens=True)
+
+
+def _powers_of_two_and(k: int) -> list[int]:
+    return sorted({2**i for i in range(k.bit_length())} | {k})

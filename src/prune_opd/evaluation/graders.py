@@ -7,9 +7,9 @@ number of a rambling text is right often enough by chance to blur a comparison o
 Plain numbers and equal strings are compared here; the rest goes to math-verify. It parses LaTeX into SymPy,
 which some answers (9^{9^{9^9}}) keep busy for ever or until memory is gone, so it runs in a process of its
 own that has limited memory and is killed when it takes too long. Signals would limit no memory, and work in
-the main thread alone.
+the main thread alone. The verifiers of reasoning-gym run in another such process.
 
-This file is that process's program too, so it must not import the package (nor torch with it).
+This file is those processes' program too, so importing it must not import torch.
 """
 
 from __future__ import annotations
@@ -24,14 +24,20 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from decimal import Decimal
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
 MAX_ANSWER_CHARS = 1000  # the longest gold of MATH-500 has 53
-VERIFY_SECONDS = 5.0  # ordinary answers take 1-300 ms
+MAX_GYM_ANSWER_CHARS = 10_000  # lists of moves are long: 2,015 characters for a tower of Hanoi
+VERIFY_SECONDS = 3.0  # ordinary answers take 1-300 ms; with a new process after a hang, an answer takes under 5 s
+GYM_VERIFY_SECONDS = 10.0  # making a problem of knight_swap again takes 2 s
 START_SECONDS = 120.0  # importing SymPy takes a second, or a minute from a cold network disk
 VERIFIER_BYTES = 4 * 2**30
+WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+FORBIDDEN_EVENTS = ("open", "os.", "shutil.", "subprocess.", "socket.", "ctypes.", "pty.", "webbrowser.")
 
 # Possessive, and only at a run's first backslash: else a megabyte of backslashes takes quadratic time.
 _BRACES = re.compile(r"(?P<box>(?<!\\)\\++boxed\s*+\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
@@ -40,6 +46,7 @@ _ANSWER_LINE = re.compile(r"(?im)^[ \t*_]*+(?:final[ \t]+)?answer[ \t*_]*+:[ \t*
 _NUMBER = re.compile(r"[-+]?(?:(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.[0-9]*)?|\.[0-9]+)")
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf)|mbox)\s*\{([^{}]*)\}")
 _WORDS = re.compile(r"[a-z][a-z '-]*")
+_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 
 
 def grade(response: str, gold: str) -> bool:
@@ -62,7 +69,29 @@ def grade(response: str, gold: str) -> bool:
         return Decimal(answer.replace(",", "")) == Decimal(gold.replace(",", ""))
     if _TEXT.search(gold) and _WORDS.fullmatch(_words(gold)):
         return _words(answer) == _words(gold)  # SymPy would read a word as a product of its letters
-    return _verifier(os.getpid()).equivalent(gold, answer)
+    return _verifier(os.getpid()).holds(gold, answer)
+
+
+def grade_gym(response: str, *, task: str, seed: int) -> bool:
+    """Whether `response` solves the reasoning-gym problem (task, seed): its own verifier gives 1 or more.
+
+    The answer is what stands in the last closed <answer> tag; else what `extract_answer` finds; else the last
+    line that is not empty, so that answers of several lines need the tags. A \\boxed{} and \\text{} around it are
+    taken off. No text makes it raise: where the verifier raises, dies or takes more than `GYM_VERIFY_SECONDS`,
+    the answer is wrong.
+
+    Some of those verifiers run the answer as Python code. Their process may start no program, open no connection
+    and change no file; that stops accidents, not an attacker.
+    """
+    answer = _last_tag(response)
+    if answer is not None:
+        answer = _last_box(answer) or answer
+    else:
+        answer = extract_answer(response) or (response.strip().splitlines() or [""])[-1]
+    if len(answer) > MAX_GYM_ANSWER_CHARS:
+        return False
+    answer = _TEXT.sub(r"\1", answer).strip()
+    return bool(answer) and _verifier(os.getpid(), "reasoning_gym").holds(task, seed, answer)
 
 
 def extract_answer(response: str) -> str | None:
@@ -91,6 +120,17 @@ def _last_box(text: str) -> str | None:
     return contents
 
 
+def _last_tag(text: str) -> str | None:
+    """What stands between the last <answer> that is closed and its </answer>."""
+    start, contents = None, None
+    for token in _TAG.finditer(text):
+        if not token[1]:
+            start = token.end()
+        elif start is not None:
+            start, contents = None, text[start : token.start()].strip()
+    return contents
+
+
 def _tidy(answer: str) -> str:
     """Without dollar signs, math delimiters, a final full stop, and spacing inside numbers."""
     answer = re.sub(r"\\!\s*|(?<!\\)\\[$()\[\]]|\$", "", answer).replace("{,}", ",").replace("−", "-")
@@ -107,50 +147,54 @@ def _words(answer: str) -> str:
 
 
 class _Verifier:
-    """math-verify in a process of its own, started when first needed and again after it was killed."""
+    """math-verify or reasoning_gym in a process of its own, started when first needed and again after it was killed."""
 
-    def __init__(self) -> None:
+    def __init__(self, package: str) -> None:
+        self.package = package
         self.process: subprocess.Popen[str] | None = None
         self.lock = threading.Lock()
         self.logged: set[str] = set()
 
-    def equivalent(self, gold: str, answer: str) -> bool:
+    def holds(self, *question: str | int) -> bool:
+        """What the process answers to [gold, answer] or [task, seed, answer]."""
+        seconds = VERIFY_SECONDS if self.package == "math_verify" else GYM_VERIFY_SECONDS
         with self.lock:
             process, self.process = self.process, None
             if process is None or process.poll() is not None:
-                process = _start()
-            reply, timed_out = _exchange(process, json.dumps([gold, answer]) + "\n", VERIFY_SECONDS)
+                process = _start(self.package)
+            reply, timed_out = _exchange(process, json.dumps(question) + "\n", seconds)
             if reply and not timed_out:
                 self.process = process  # only now: after Ctrl-C, its reply would be taken for the next one's
             else:
                 _stop(process)
-                self._log(f"took over {VERIFY_SECONDS:g} s" if timed_out else "died", answer)
+                self._log(f"took over {seconds:g} s" if timed_out else "died", question[-1])
             return reply == "true\n"
 
-    def _log(self, failure: str, answer: str) -> None:
+    def _log(self, failure: str, answer: str | int) -> None:
         if failure not in self.logged:
             self.logged.add(failure)
             logger.warning("grading %.80r %s: counted as wrong, as will others be, silently", answer, failure)
 
 
 @functools.cache
-def _verifier(pid: int) -> _Verifier:
+def _verifier(pid: int, package: str = "math_verify") -> _Verifier:
     """One for each process: a forked child must not share its parent's pipes."""
-    return _Verifier()
+    return _Verifier(package)
 
 
-def _start() -> subprocess.Popen[str]:
+def _start(package: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-P", "-W", "ignore", __file__],
+        [sys.executable, "-P", "-W", "ignore", __file__, package],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # each of its threads takes address space, which is limited
     )
     if _exchange(process, "", START_SECONDS)[0] != "ready\n":
         _stop(process)
         raise RuntimeError(
-            "the grader's process (math-verify) did not start, so no LaTeX answer can be graded; its own "
-            f"message, if any, stands above. Try: {sys.executable} -c 'import math_verify'"
+            f"the grader's process ({package}) did not start, so answers that need it cannot be graded; its own "
+            f"message, if any, stands above. Try: {sys.executable} -c 'import {package}'"
         )
     return process
 
@@ -182,23 +226,62 @@ def _exchange(process: subprocess.Popen[str], request: str, seconds: float) -> t
         timer.cancel()
 
 
-def _serve() -> None:
-    """The other process: [gold, answer] a line in, true or false a line out, until the input ends."""
-    import math_verify
-
+def _serve(package: str) -> None:
+    """The other process: a question as a JSON list a line in, true or false a line out, until the input ends."""
+    replies, sys.stdout = sys.stdout, sys.stderr  # whatever a verifier prints is no reply
+    verify: Callable[..., bool] = _math_verify() if package == "math_verify" else _reasoning_gym()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent; our input ends with it
     logging.disable()
     with contextlib.suppress(ImportError, ValueError, OSError):  # Windows, or a lower limit is set already
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (VERIFIER_BYTES, VERIFIER_BYTES))
+    print("ready", file=replies, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(verify(*json.loads(line))), file=replies, flush=True)
+
+
+def _math_verify() -> Callable[[str, str], bool]:
+    import math_verify
+
     # No plain-expression extraction: it would take a number out of the middle of any text.
     latex = [math_verify.LatexExtractionConfig()]
-    print("ready", flush=True)
-    for line in sys.stdin:
-        gold, answer = (math_verify.parse(f"${text}$", latex, parsing_timeout=None) for text in json.loads(line))
-        print(json.dumps(bool(math_verify.verify(gold, answer, timeout_seconds=None))), flush=True)
+
+    def verify(gold: str, answer: str) -> bool:
+        texts = (f"${text}$" for text in (gold, answer))
+        parsed = [math_verify.parse(text, latex, parsing_timeout=None) for text in texts]
+        return bool(math_verify.verify(*parsed, timeout_seconds=None))
+
+    return verify
+
+
+def _reasoning_gym() -> Callable[[str, int, str], bool]:
+    import reasoning_gym  # noqa: F401  # now, since it takes a second
+
+    from prune_opd.data.gym import gym_problem
+
+    scoring = False
+
+    def forbid(event: str, arguments: tuple[Any, ...]) -> None:
+        reads = event in ("os.listdir", "os.scandir") or event == "open" and not arguments[2] & WRITE_FLAGS
+        if scoring and not reads and event.startswith(FORBIDDEN_EVENTS):
+            raise PermissionError(f"an answer tried {event}")
+
+    sys.addaudithook(forbid)
+
+    def verify(task: str, seed: int, answer: str) -> bool:
+        nonlocal scoring
+        data_set, entry = gym_problem(task, seed)
+        scoring = True
+        try:
+            return float(data_set.score_answer(answer, entry)) >= 1
+        except Exception:  # so do some verifiers say that they cannot parse an answer
+            return False
+        finally:
+            scoring = False
+
+    return verify
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(sys.argv[1])

@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from prune_opd.types import Rollouts
+from prune_opd.types import Rollouts, TopK
+
+
+@dataclass(frozen=True)
+class Span:
+    """Response tokens [start, end) of one rollout that are new since its last span; `ended`: no more will follow."""
+
+    rollout: int
+    start: int
+    end: int
+    ended: bool
+
+
+class Watcher(Protocol):
+    """Looks at rollouts while they are generated, and may end them."""
+
+    every: int
+    """Decode steps between two looks."""
+
+    def watch(self, response_ids: Tensor, student: TopK, spans: Sequence[Span]) -> Mapping[int, int]:
+        """Take the new tokens, each exactly once; returns {rollout: tokens to keep} for those that stop here.
+
+        response_ids (B, T) and student hold everything sampled so far. A stop may lie before a span's end: what was
+        sampled past it is thrown away, so that the result does not depend on how often the watcher looks.
+        """
+        ...
 
 
 class Sampler(Protocol):
@@ -22,11 +48,14 @@ class Sampler(Protocol):
         *,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        top_k: int = 0,
+        watcher: Watcher | None = None,
     ) -> Rollouts:
         """Sample responses of at most T = `uniforms.shape[1]` tokens.
 
         prompts: B token-id lists. uniforms (B, T) float64 in [0, 1): token t of rollout b is the inverse-CDF draw at
-        uniforms[b, t], so a rollout depends on nothing but its prompt, its row of numbers, and the weights.
+        uniforms[b, t], so a rollout depends on nothing but its prompt, its row of numbers, and the weights. top_k: how
+        many of the student's most likely tokens are kept for each position; it truncates nothing.
         """
         ...
 

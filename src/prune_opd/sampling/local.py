@@ -1,8 +1,8 @@
-"""Sampling from a Hugging Face causal LM in this process.
+"""Sampling from a Hugging Face causal LM in this process: a decode loop over slots.
 
-A bare decode loop: one prefill of the left-padded prompts, then one token for every live row. Rows leave the batch
-when they end, so no compute is spent on finished rollouts, and keys and values are written into buffers that grow
-geometrically instead of being re-copied at every token.
+A fixed number of slots decode one token each at every step. A rollout that ends, whatever for, gives its slot to the
+next waiting prompt at once; when none waits, the last slot moves into the gap. So no decode step is spent on a finished
+row, and none on padding. Prompts are prefilled a batch at a time, each distinct prompt once for all its rollouts.
 """
 
 from __future__ import annotations
@@ -11,35 +11,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicLayer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from prune_opd.types import Rollouts
-
-
-class BufferedLayer(DynamicLayer):
-    """A DynamicLayer that writes into a buffer with spare room; `keys` and `values` are views of what is filled."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.buffers = [key_states.new_empty(0)] * 2
-        filled = self.get_seq_length()
-        length = filled + key_states.shape[-2]
-        if self.buffers[0].numel() == 0 or length > self.buffers[0].shape[-2]:
-            # Never empty memory: masked positions are multiplied by zero, and 0 * garbage may be NaN.
-            grown = [new.new_zeros(*new.shape[:2], 2 * length, new.shape[-1]) for new in (key_states, value_states)]
-            if filled:
-                grown[0][:, :, :filled], grown[1][:, :, :filled] = self.keys, self.values
-            self.buffers = grown
-        self.buffers[0][:, :, filled:length] = key_states
-        self.buffers[1][:, :, filled:length] = value_states
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        length = self.get_seq_length()
-        self.buffers = [buffer[indices] for buffer in self.buffers]
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
+from prune_opd.sampling.base import Span, Watcher
+from prune_opd.slots import SlotCache
+from prune_opd.types import Rollouts, TopK
 
 
 def draw(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float) -> Tensor:
@@ -55,15 +31,16 @@ def draw(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float) 
         outside = ordered.cumsum(-1) - ordered >= top_p
         probs = probs.scatter(-1, order, ordered.masked_fill(outside, 0))
     cdf = probs.cumsum(-1)
-    target = (uniforms.to(cdf.device) * cdf[:, -1]).unsqueeze(-1)
+    target = (uniforms * cdf[:, -1]).unsqueeze(-1)
     return torch.searchsorted(cdf, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
 class LocalSampler:
     """Implements `Sampler` on a Hugging Face causal LM.
 
-    `eos_ids` end a rollout; ids from `vocab_size` on (padding rows of the embedding) are never sampled; at most
-    `max_batch` rows decode at once.
+    `eos_ids` end a rollout; ids from `vocab_size` on (padding rows of the embedding) are never sampled; `slots` rows
+    decode at once. `stride` decode steps run between two looks at what was sampled: a look makes an accelerator wait
+    for the host, and what a row decodes past its end before the look is thrown away.
     """
 
     def __init__(
@@ -73,10 +50,12 @@ class LocalSampler:
         pad_id: int,
         eos_ids: Sequence[int],
         vocab_size: int | None = None,
-        max_batch: int = 64,
+        slots: int = 64,
+        stride: int | None = None,
     ) -> None:
-        self.model, self.pad_id, self.vocab_size, self.max_batch = model, pad_id, vocab_size, max_batch
-        self.eos_ids = torch.tensor(list(eos_ids), device=model.device)
+        self.model, self.pad_id, self.vocab_size, self.slots = model, pad_id, vocab_size, slots
+        self.eos_ids = frozenset(eos_ids)
+        self.stride = stride or (1 if model.device.type == "cpu" else 8)
 
     def sample(
         self,
@@ -85,65 +64,195 @@ class LocalSampler:
         *,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        top_k: int = 0,
+        watcher: Watcher | None = None,
     ) -> Rollouts:
         """See `Sampler.sample`."""
-        device, pad_id = self.model.device, self.pad_id
-        width = max(len(prompt) for prompt in prompts)
-        prompt_ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
-        prompt_mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts], device=device)
-        response_ids = torch.full(uniforms.shape, pad_id, device=device)
-        lengths = torch.zeros(len(prompts), dtype=torch.long, device=device)
-        finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-
         was_training = self.model.training
         self.model.eval()
-        with torch.inference_mode():
-            for start in range(0, len(prompts), self.max_batch):
-                rows = torch.arange(start, min(start + self.max_batch, len(prompts)), device=device)
-                self._decode(
-                    rows, prompt_ids, prompt_mask, uniforms, response_ids, lengths, finished, temperature, top_p
-                )
-        self.model.train(was_training)
-        response_mask = torch.arange(uniforms.shape[1], device=device) < lengths[:, None]
-        return Rollouts(prompt_ids, prompt_mask, response_ids, response_mask, finished).select(
-            torch.arange(len(prompts), device=device)
-        )
+        try:
+            with torch.no_grad():
+                decode = _Decode(self, prompts, uniforms, temperature, top_p, top_k, watcher)
+                decode.run()
+        finally:
+            self.model.train(was_training)
+        return decode.rollouts()
 
-    def _decode(
+
+class _Decode:
+    """One call of `sample`: who sits in which slot, and what they have said so far."""
+
+    def __init__(
         self,
-        rows: Tensor,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
+        sampler: LocalSampler,
+        prompts: Sequence[Sequence[int]],
         uniforms: Tensor,
-        response_ids: Tensor,
-        lengths: Tensor,
-        finished: Tensor,
         temperature: float,
         top_p: float,
+        top_k: int,
+        watcher: Watcher | None,
     ) -> None:
-        """Fill `response_ids`, `lengths` and `finished` for `rows`, all of which start together."""
-        cache = Cache(layer_class_to_replicate=BufferedLayer)
-        mask = prompt_mask.new_ones(len(rows), prompt_mask.shape[1] + uniforms.shape[1])
-        mask[:, : prompt_mask.shape[1]] = prompt_mask[rows]
-        input_ids, positions = prompt_ids[rows], (prompt_mask[rows].long().cumsum(-1) - 1).clamp(min=0)
-        seen = input_ids.shape[1]
-        for t in range(uniforms.shape[1]):
-            logits = self.model(
-                input_ids=input_ids,
-                attention_mask=mask[:, :seen],
-                position_ids=positions,
-                past_key_values=cache,
-                logits_to_keep=1,
-            ).logits[:, -1, : self.vocab_size]
-            tokens = draw(logits, uniforms[rows.cpu(), t], temperature=temperature, top_p=top_p)
-            response_ids[rows, t] = tokens
-            lengths[rows] = t + 1
-            ended = torch.isin(tokens, self.eos_ids)
-            if ended.any():
-                finished[rows[ended]] = True
-                live = (~ended).nonzero().squeeze(-1)
-                if len(live) == 0:
-                    return
-                cache.batch_select_indices(live)
-                rows, mask, tokens, positions = rows[live], mask[live], tokens[live], positions[live]
-            input_ids, positions, seen = tokens[:, None], positions[:, -1:] + 1, seen + 1
+        self.sampler, self.prompts, self.watcher = sampler, prompts, watcher
+        self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
+        model = sampler.model
+        self.device = model.device
+        batch, self.cap = uniforms.shape
+        self.uniforms = uniforms.to(self.device)
+        self.response_ids = torch.full(uniforms.shape, sampler.pad_id, device=self.device)
+        self.student = TopK.empty(batch, self.cap, top_k, self.device) if top_k else None
+        self.lengths = [0] * batch
+        self.finished, self.stopped = [False] * batch, [False] * batch
+        self.seen_by_watcher = [0] * batch
+        self.generated = self.slot_steps = 0
+
+        slots = min(sampler.slots, batch)
+        capacity = max(map(len, prompts), default=0) + self.cap
+        self.cache = SlotCache(model, slots=slots, capacity=capacity)
+        self.waiting = list(range(batch))[::-1]
+        self.seats: list[int] = []  # rollout in slot i, for the slots in use, which are always the first ones
+        self.prefilled: dict[tuple[int, ...], int] = {}  # prompt -> its row in the prompt cache
+        self.prompt_cache: SlotCache | None = None
+
+    def run(self) -> None:
+        """Decode until every rollout has ended."""
+        if self.cap == 0:
+            return
+        ended: list[int] = []  # since the watcher looked last
+        steps_since_look = 0
+        while self.waiting or self.seats:
+            self._fill_slots()
+            stride = min(self.sampler.stride, self.cap - max(self.lengths[b] for b in self.seats))
+            self._decode(stride)
+            leaving = self._take_ends(stride)
+            ended += [self.seats[slot] for slot in leaving]
+            self._free(leaving)
+            steps_since_look += stride
+            last = not (self.waiting or self.seats)
+            if self.watcher is not None and (steps_since_look >= self.watcher.every or last):
+                self._free(self._look(ended))
+                ended, steps_since_look = [], 0
+
+    def rollouts(self) -> Rollouts:
+        """Everything as tensors, cut to the longest kept response."""
+        longest = max([1, *self.lengths])
+        lengths = torch.tensor(self.lengths, dtype=torch.long, device=self.device)
+        mask = torch.arange(longest, device=self.device) < lengths[:, None]
+        return Rollouts(
+            prompts=self.prompts,
+            response_ids=self.response_ids[:, :longest].masked_fill(~mask, self.sampler.pad_id),
+            response_mask=mask,
+            finished=torch.tensor(self.finished, device=self.device),
+            stopped=torch.tensor(self.stopped, device=self.device),
+            student=self.student.at((slice(None), slice(longest))) if self.student else None,
+            generated=self.generated,
+            slot_steps=self.slot_steps,
+        )
+
+    # ---- slots ----
+
+    def _fill_slots(self) -> None:
+        """Give every free slot to a waiting prompt. The prompt's last token is what the slot decodes from first."""
+        free = self.cache.slots - len(self.seats)
+        newcomers = [self.waiting.pop() for _ in range(min(free, len(self.waiting)))]
+        if newcomers:
+            heads = [tuple(self.prompts[b][:-1]) for b in newcomers]
+            if any(head and head not in self.prefilled for head in heads):
+                self._prefill([tuple(self.prompts[b][:-1]) for b in newcomers + self.waiting[::-1]])
+            taken = [(len(self.seats) + i, self.prefilled[head]) for i, head in enumerate(heads) if head]
+            if taken:
+                assert self.prompt_cache is not None
+                slots, rows = torch.tensor(taken, device=self.device).unbind(-1)
+                self.cache.copy_rows(self.prompt_cache, rows, slots, max(map(len, heads)))
+            self.seats += newcomers
+            self.last_token: Tensor | None = None  # the seats changed
+        if self.last_token is None:
+            self._seat_tensors()
+
+    def _prefill(self, heads: Sequence[tuple[int, ...]]) -> None:
+        """One forward over the next distinct prompts, at most as many as there are slots."""
+        distinct = [head for head in dict.fromkeys(heads) if head][: self.cache.slots]
+        width = max(map(len, distinct))
+        self.prefilled = {head: row for row, head in enumerate(distinct)}
+        self.prompt_cache = SlotCache(self.sampler.model, slots=len(distinct), capacity=width)
+        ids = torch.tensor([[*head, *[self.sampler.pad_id] * (width - len(head))] for head in distinct])
+        positions = torch.tensor([[*range(len(head)), *[-1] * (width - len(head))] for head in distinct])
+        inputs = self.prompt_cache.inputs(ids.to(self.device), positions.to(self.device), length=width)
+        self.sampler.model(**inputs, use_cache=False, logits_to_keep=1)
+
+    def _seat_tensors(self) -> None:
+        """What the device must know of the slots: rollout, next response position, context position, last token."""
+        said = [self.lengths[b] for b in self.seats]
+        self.longest = max(len(self.prompts[b]) + n for b, n in zip(self.seats, said, strict=True))
+        self.seated = torch.tensor(self.seats, device=self.device)
+        self.position = torch.tensor(said, device=self.device)
+        starts = torch.tensor([len(self.prompts[b]) - 1 for b in self.seats], device=self.device)
+        self.context = starts + self.position
+        prompt_ends = torch.tensor([self.prompts[b][-1] for b in self.seats], device=self.device)
+        spoken = self.response_ids[self.seated, (self.position - 1).clamp(min=0)]
+        self.last_token = torch.where(self.position > 0, spoken, prompt_ends)
+
+    def _free(self, leaving: Sequence[int]) -> None:
+        """Empty these slots; the last slots in use move into the gaps unless waiting prompts will fill them."""
+        if not leaving:
+            return
+        self.last_token = None
+        for slot in sorted(leaving, reverse=True):
+            end = len(self.seats) - 1
+            if slot != end:
+                rows = torch.tensor([[end], [slot]], device=self.device)
+                self.cache.copy_rows(self.cache, rows[0], rows[1], len(self.prompts[self.seats[end]]) + self.cap)
+                self.seats[slot] = self.seats[end]
+            self.seats.pop()
+
+    # ---- tokens ----
+
+    def _decode(self, stride: int) -> None:
+        """`stride` tokens for every slot in use, without asking the device for anything."""
+        for _ in range(stride):
+            assert self.last_token is not None
+            inputs = self.cache.inputs(self.last_token[:, None], self.context[:, None], length=self.longest)
+            logits = self.sampler.model(**inputs, use_cache=False, logits_to_keep=1).logits[
+                :, -1, : self.sampler.vocab_size
+            ]
+            uniforms = self.uniforms[self.seated, self.position]
+            tokens = draw(logits, uniforms, temperature=self.temperature, top_p=self.top_p)
+            self.response_ids[self.seated, self.position] = tokens
+            if self.student is not None:
+                logprobs = logits.float().log_softmax(-1)
+                topk = logprobs.topk(self.top_k, dim=-1)
+                self.student.ids[self.seated, self.position] = topk.indices
+                self.student.logprobs[self.seated, self.position] = topk.values
+                self.student.entropy[self.seated, self.position] = torch.special.entr(logprobs.exp()).sum(-1)
+            self.last_token = tokens
+            self.position, self.context, self.longest = self.position + 1, self.context + 1, self.longest + 1
+        self.slot_steps += stride * len(self.seats)
+
+    def _take_ends(self, stride: int) -> list[int]:
+        """Read the last `stride` tokens of every slot; returns the slots whose rollouts have ended."""
+        columns = self.position[:, None] + torch.arange(-stride, 0, device=self.device)
+        leaving = []
+        for slot, tokens in enumerate(self.response_ids[self.seated[:, None], columns].tolist()):
+            b = self.seats[slot]
+            end = next((i for i, token in enumerate(tokens) if token in self.sampler.eos_ids), None)
+            said = stride if end is None else end + 1
+            self.lengths[b] += said
+            self.generated += said
+            self.finished[b] = end is not None
+            if self.finished[b] or self.lengths[b] == self.cap:
+                leaving.append(slot)
+        return leaving
+
+    def _look(self, ended: Sequence[int]) -> list[int]:
+        """Show the watcher what is new; returns the slots of rollouts that it ended."""
+        assert self.watcher is not None and self.student is not None, "a watcher needs top_k > 0"
+        spans = [
+            Span(b, self.seen_by_watcher[b], self.lengths[b], ended=b in ended)
+            for b in [*ended, *self.seats]
+            if self.lengths[b] > self.seen_by_watcher[b]
+        ]
+        for span in spans:
+            self.seen_by_watcher[span.rollout] = span.end
+        for b, kept in self.watcher.watch(self.response_ids, self.student, spans).items():
+            self.finished[b] &= kept == self.lengths[b]
+            self.stopped[b], self.lengths[b] = not self.finished[b], kept
+        return [slot for slot, b in enumerate(self.seats) if self.stopped[b]]

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
 
-from prune_opd.types import Rollouts, TeacherScores
+from prune_opd.sampling.base import Span
+from prune_opd.types import Packed, Rollouts, TeacherScores, TopK
+
+
+class TeacherStream(Protocol):
+    """Scores rollouts while they are generated; each token is scored once."""
+
+    def score(self, response_ids: Tensor, student: TopK, spans: Sequence[Span]) -> TeacherScores:
+        """Score the new tokens; returns the scores of everything so far, (B, T) like `response_ids` (B, T)."""
+        ...
+
+    def drop(self, rollout: int) -> None:
+        """No more of this rollout will be asked for."""
+        ...
 
 
 class Teacher(Protocol):
     """Scores the student's rollouts; frozen, never trained."""
 
-    def score(
-        self, rollouts: Rollouts, candidate_ids: Tensor, *, top_k: int, full_logits: bool = False
-    ) -> TeacherScores:
-        """The teacher's top-k and its log-probabilities at `candidate_ids` (B, T, C), at every response position.
+    def score(self, rollouts: Rollouts, *, top_k: int) -> TeacherScores:
+        """The teacher's top-k, and its log-probabilities at the student's candidates and at the sampled tokens."""
+        ...
 
-        `full_logits` asks for the whole (B, T, V), which only the full-vocabulary objectives need.
-        """
+    def logits(self, part: Packed) -> Tensor:
+        """Full-vocabulary logits (N, V) float32 at the kept tokens of a micro-batch, for the losses that need them."""
+        ...
+
+    def stream(self, prompts: Sequence[Sequence[int]], length: int, *, top_k: int, slots: int) -> TeacherStream:
+        """Start scoring rollouts of at most `length` tokens, of which at most `slots` are unfinished at a time."""
         ...

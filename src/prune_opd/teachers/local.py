@@ -2,42 +2,151 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prune_opd.types import Rollouts, TeacherScores
-
-
-def response_logits(model: torch.nn.Module, rollouts: Rollouts, vocab_size: int) -> Tensor:
-    """Logits that predict each response token: (B, T, V) float32. Prompt positions never reach the head.
-
-    `vocab_size` is V, the ids that student and teacher share: rows that one of them added as padding are cut off, so
-    that untrained logits can neither be candidates nor enter the normaliser.
-    """
-    width = rollouts.response_ids.shape[1]
-    logits = model(**rollouts.model_inputs(), use_cache=False, logits_to_keep=width + 1).logits
-    return logits[:, :-1, :vocab_size].float()
+from prune_opd.core.head import head_statistics
+from prune_opd.modeling import hidden_states, output_head, packed_inputs
+from prune_opd.sampling.base import Span
+from prune_opd.slots import SlotCache
+from prune_opd.types import Packed, Rollouts, TeacherScores, TopK, pack
 
 
 class LocalTeacher:
-    """Implements `Teacher`; the model is put into eval mode and never receives a gradient."""
+    """Implements `Teacher`; the model is put into eval mode and never receives a gradient.
 
-    def __init__(self, model: PreTrainedModel, *, vocab_size: int) -> None:
-        self.model, self.vocab_size = model.eval().requires_grad_(False), vocab_size
+    Ids from `vocab_size` on are padding rows of one of the two embeddings: neither candidates nor part of a normaliser.
+    `token_budget` is the most tokens of one forward.
+    """
 
-    @torch.inference_mode()
-    def score(
-        self, rollouts: Rollouts, candidate_ids: Tensor, *, top_k: int, full_logits: bool = False
-    ) -> TeacherScores:
+    def __init__(self, model: PreTrainedModel, *, vocab_size: int, token_budget: int = 16384) -> None:
+        self.model, self.token_budget = model.eval().requires_grad_(False), token_budget
+        self.head, self.vocab_size = output_head(model), vocab_size
+
+    @torch.no_grad()
+    def score(self, rollouts: Rollouts, *, top_k: int) -> TeacherScores:
         """See `Teacher.score`."""
-        logits = response_logits(self.model, rollouts, self.vocab_size)
-        logprobs = logits.log_softmax(-1)
-        topk = logprobs.topk(top_k, dim=-1)
-        return TeacherScores(
-            topk_ids=topk.indices,
-            topk_logprobs=topk.values,
-            candidate_logprobs=logprobs.gather(-1, candidate_ids),
-            entropy=torch.special.entr(logprobs.exp()).sum(-1),
-            logits=logits if full_logits else None,
+        assert rollouts.student is not None, "the teacher scores the student's candidates: sample with top_k > 0"
+        scores = _empty(rollouts.response_ids, rollouts.student, top_k)
+        for part in pack(rollouts, self.token_budget):
+            hidden = hidden_states(self.model, packed_inputs(self.model, part))[part.row, part.column]
+            self.write(scores, hidden, part.rollout, part.position, rollouts.response_ids, rollouts.student)
+        return replace(scores, scored=int(rollouts.lengths.sum()))
+
+    def stream(self, prompts: Sequence[Sequence[int]], length: int, *, top_k: int, slots: int) -> LocalStream:
+        """See `Teacher.stream`."""
+        return LocalStream(self, prompts, length, top_k=top_k, slots=slots)
+
+    @torch.no_grad()
+    def logits(self, part: Packed) -> Tensor:
+        """Full-vocabulary logits (N, V) float32 at the kept tokens of a micro-batch, for the losses that need them."""
+        hidden = hidden_states(self.model, packed_inputs(self.model, part))[part.row, part.column]
+        return self.head.logits(hidden)[:, : self.vocab_size]
+
+    def write(
+        self,
+        scores: TeacherScores,
+        hidden: Tensor,
+        rollout: Tensor,
+        position: Tensor,
+        response_ids: Tensor,
+        student: TopK,
+    ) -> None:
+        """Fill in the scores of tokens (rollout (N,), position (N,)), predicted by the hidden states (N, H)."""
+        where = rollout, position
+        asked = torch.cat([student.ids[where], response_ids[where].unsqueeze(-1)], dim=-1)
+        found = head_statistics(
+            hidden, self.head, top_k=scores.topk.ids.shape[-1], ids=asked, vocab_size=self.vocab_size
         )
+        scores.topk.ids[where] = found.topk_ids
+        scores.topk.logprobs[where] = found.topk_logprobs
+        scores.topk.entropy[where] = found.entropy
+        scores.candidate_logprobs[where] = found.logprobs[:, :-1]
+        scores.sampled_logprobs[where] = found.logprobs[:, -1]
+
+
+class LocalStream:
+    """Implements `TeacherStream`: a slot for each unfinished rollout, so that no prefix is ever scored again."""
+
+    def __init__(
+        self, teacher: LocalTeacher, prompts: Sequence[Sequence[int]], length: int, *, top_k: int, slots: int
+    ) -> None:
+        self.teacher, self.prompts, self.top_k = teacher, prompts, top_k
+        self.cache = SlotCache(teacher.model, slots=slots, capacity=max(map(len, prompts), default=0) + length)
+        self.slot: dict[int, int] = {}  # of each rollout that has been seen and has not ended
+        self.free = list(range(slots))[::-1]
+        self.scores: TeacherScores | None = None
+
+    @torch.no_grad()
+    def score(self, response_ids: Tensor, student: TopK, spans: Sequence[Span]) -> TeacherScores:
+        """See `TeacherStream.score`."""
+        scores = self.scores or _empty(response_ids, student, self.top_k)
+        for group in self._groups(spans):
+            self._forward(scores, group, response_ids, student)
+            for span in group:
+                if span.ended:
+                    self.drop(span.rollout)
+        self.scores = replace(scores, scored=scores.scored + sum(span.end - span.start for span in spans))
+        return self.scores
+
+    def drop(self, rollout: int) -> None:
+        """No more of this rollout will be asked for."""
+        if rollout in self.slot:
+            self.free.append(self.slot.pop(rollout))
+
+    def _groups(self, spans: Sequence[Span]):
+        """Spans that go through one forward together: those with a slot first, then newcomers as slots allow.
+
+        Of the newcomers, rollouts that have ended already come first: they give their slot back at once.
+        """
+        seated = [span for span in spans if span.rollout in self.slot]
+        if seated:
+            yield seated
+        newcomers = sorted((span for span in spans if span not in seated), key=lambda span: not span.ended)
+        while newcomers:
+            group, newcomers = newcomers[: len(self.free)], newcomers[len(self.free) :]
+            assert group, "more unfinished rollouts than slots"
+            self.slot |= {span.rollout: self.free.pop() for span in group}
+            yield group
+
+    def _forward(self, scores: TeacherScores, group: Sequence[Span], response_ids: Tensor, student: TopK) -> None:
+        """Feed what the teacher has not seen, less each rollout's last token, from which nothing is predicted yet."""
+        device = response_ids.device
+        said = response_ids.cpu()
+        fed = []
+        for span in group:
+            prompt = self.prompts[span.rollout]
+            before = list(prompt) if span.start == 0 else [int(said[span.rollout, span.start - 1])]
+            fed.append(before + said[span.rollout, span.start : span.end - 1].tolist())
+        width = max(map(len, fed))
+        starts = [len(self.prompts[s.rollout]) + s.end - 1 - len(ids) for s, ids in zip(group, fed, strict=True)]
+        inputs = self.cache.inputs(
+            torch.tensor([ids + [0] * (width - len(ids)) for ids in fed], device=device),
+            torch.tensor(
+                [[*range(a, a + len(i)), *[-1] * (width - len(i))] for a, i in zip(starts, fed, strict=True)],
+                device=device,
+            ),
+            length=max(a + len(ids) for a, ids in zip(starts, fed, strict=True)),
+            rows=torch.tensor([self.slot[span.rollout] for span in group], device=device),
+        )
+        new = [
+            (r, len(fed[r]) - (span.end - t), span.rollout, t)
+            for r, span in enumerate(group)
+            for t in range(span.start, span.end)
+        ]
+        row, column, rollout, position = torch.tensor(new, device=device).unbind(-1)
+        hidden = hidden_states(self.teacher.model, inputs)[row, column]
+        self.teacher.write(scores, hidden, rollout, position, response_ids, student)
+
+
+def _empty(response_ids: Tensor, student: TopK, top_k: int) -> TeacherScores:
+    batch, length = response_ids.shape
+    return TeacherScores(
+        TopK.empty(batch, length, top_k, response_ids.device),
+        torch.zeros(batch, length, student.ids.shape[-1], device=response_ids.device),
+        torch.zeros(batch, length, device=response_ids.device),
+    )

@@ -10,49 +10,88 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from prune_opd.config import RepetitionSection
+from prune_opd.core.drift import repetition_events
+from prune_opd.core.objective import LOGPROB_FLOOR
+from prune_opd.core.overlap import overlap_mass, topk_overlap
+from prune_opd.types import Rollouts, TeacherScores
 
-class PositionMeans:
-    """Means over valid tokens of (B, T) quantities, overall and by response position.
 
-    Position buckets are powers of two times 16 tokens wide (0-16, 16-32, 32-64, ...): drift is fastest early.
+def distillation_metrics(rollouts: Rollouts, scores: TeacherScores) -> dict[str, float]:
+    """How student and teacher compare, over all kept tokens and by position (`/pos_<a>_<b>`, [a, b) in tokens).
+
+    overlap_ratio · student_mass, teacher_mass: probability that each model puts on the shared candidates · reverse_kl
+    over the student's candidates, its p renormalised on them · entropy_gap, |H(p) - H(q)|. Nats.
     """
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, Tensor] = {}
-
-    def add(self, mask: Tensor, **quantities: Tensor) -> None:
-        """mask (B, T) bool; each quantity (B, T)."""
-        count = mask.sum(0).double().cpu()
-        for name, values in quantities.items():
-            total = values.detach().masked_fill(~mask, 0).double().sum(0).cpu()
-            self.sums[name] = _add_padded(self.sums.get(name), total)
-            self.counts[name] = _add_padded(self.counts.get(name), count)
-
-    def means(self, prefix: str) -> dict[str, float]:
-        """``prefix/name`` and ``prefix/name/pos_<a>_<b>`` for every bucket that holds a token."""
-        out = {}
-        for name, sums in self.sums.items():
-            counts = self.counts[name]
-            out[f"{prefix}/{name}"] = (sums.sum() / counts.sum()).item()
-            start, stop = 0, 16
-            while start < len(sums):
-                if counts[start:stop].sum() > 0:
-                    mean = sums[start:stop].sum() / counts[start:stop].sum()
-                    out[f"{prefix}/{name}/pos_{start}_{stop}"] = mean.item()
-                start, stop = stop, 2 * stop
-        return out
+    student, teacher = rollouts.student, scores.topk
+    assert student is not None
+    share = student.logprobs.softmax(-1)
+    quantities = {
+        "overlap_ratio": topk_overlap(student.ids, teacher.ids),
+        "student_mass": overlap_mass(student.ids, student.logprobs, teacher.ids),
+        "teacher_mass": overlap_mass(teacher.ids, teacher.logprobs, student.ids),
+        "reverse_kl": (share * (student.logprobs - scores.candidate_logprobs.clamp(min=LOGPROB_FLOOR))).sum(-1),
+        "entropy_gap": (student.entropy - teacher.entropy).abs(),
+    }
+    counts = rollouts.response_mask.sum(0).double()
+    return {
+        key: mean
+        for name, values in quantities.items()
+        for key, mean in position_means(
+            f"distillation/{name}", values.double().masked_fill(~rollouts.response_mask, 0).sum(0), counts
+        )
+    }
 
 
-def _add_padded(total: Tensor | None, new: Tensor) -> Tensor:
-    if total is None:
-        return new
-    longer, shorter = (total, new) if len(total) >= len(new) else (new, total)
-    return longer + torch.nn.functional.pad(shorter, (0, len(longer) - len(shorter)))
+def position_means(key: str, sums: Tensor, counts: Tensor) -> Iterator[tuple[str, float]]:
+    """Overall mean and means of position buckets from sums (T,) and counts (T,) by position.
+
+    Buckets are [0, 16), [16, 32), [32, 64) and so on: drift is fastest early.
+    """
+    yield key, (sums.sum() / counts.sum()).item()
+    start, stop = 0, 16
+    while start < len(sums) and counts[start:stop].sum() > 0:
+        yield f"{key}/pos_{start}_{stop}", (sums[start:stop].sum() / counts[start:stop].sum()).item()
+        start, stop = stop, 2 * stop
+
+
+def stop_metrics(
+    rollouts: Rollouts, events: Tensor, audit: Tensor, spent_at: Tensor, guard: RepetitionSection
+) -> dict[str, float]:
+    """Stops by cause, and what the audit rollouts say of them.
+
+    events (B, T) bool, audit (B,) bool, spent_at (B,) int64 as in `DriftMonitor`. A stop is the repetition guard's if its
+    last token stood in a loop. An audit rollout that would have been stopped came back if the median token after
+    that point was no drift event, in other words if its compatibility was above the threshold again.
+    """
+    mask, lengths, audit, spent_at = rollouts.response_mask, rollouts.lengths, audit.cpu(), spent_at.cpu()
+    looped = torch.zeros_like(rollouts.stopped)
+    if guard.enable:
+        looping = repetition_events(rollouts.response_ids, mask, max_period=guard.max_period, min_run=guard.min_run)
+        looped = rollouts.stopped & looping.gather(-1, (lengths - 1).clamp(min=0)[:, None]).squeeze(-1)
+    would_stop = audit & (spent_at >= 0) & (spent_at < lengths.cpu())
+    after = mask.cpu() & (torch.arange(mask.shape[1]) >= spent_at[:, None])
+    came_back = would_stop & (2 * (events.cpu() & after).sum(-1) < after.sum(-1))
+    return {
+        "completions/stopped_by_drift": (rollouts.stopped & ~looped).double().mean().item(),
+        "completions/stopped_by_repetition": looped.double().mean().item(),
+        "audit/rollouts": int(audit.sum()),
+        "audit/would_stop": int(would_stop.sum()),
+        "audit/came_back": int(came_back.sum()),
+    }
+
+
+def trained_inputs(rollouts: Rollouts) -> int:
+    """Tokens that the update had to feed: prompt and response of each rollout, less its last token."""
+    lengths = rollouts.lengths.tolist()
+    return sum(len(prompt) + n - 1 for prompt, n in zip(rollouts.prompts, lengths, strict=True) if n > 0)
 
 
 class Stopwatch:
-    """Seconds by phase. On an accelerator the phase's queued work is waited for, so that it is charged to its phase."""
+    """Seconds by phase; a phase inside another is not part of the outer one.
+
+    On an accelerator the phase's queued work is waited for, so that it is charged to its phase.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -61,11 +100,13 @@ class Stopwatch:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time spent inside to `name`."""
+        inside_before = sum(self.seconds.values())
         began = time.perf_counter()
         yield
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
-        self.seconds[name] += time.perf_counter() - began
+        inside = sum(self.seconds.values()) - inside_before
+        self.seconds[name] += time.perf_counter() - began - inside
 
 
 def repetition_rate(response_ids: Tensor, mask: Tensor, *, n: int = 8) -> float:

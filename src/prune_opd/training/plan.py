@@ -256,7 +256,7 @@ def micro_batch_shape(config: Config) -> tuple[int, int, int]:
 
 def rollouts_at_once(config: Config) -> int:
     """Rollouts that decode together in training."""
-    return min(config.rollout.max_batch, config.rollout.prompts_per_step * config.rollout.num_generations)
+    return min(config.rollout.slots, config.rollout.prompts_per_step * config.rollout.num_generations)
 
 
 def evaluation_at_once(config: Config) -> tuple[int, int]:
@@ -264,7 +264,7 @@ def evaluation_at_once(config: Config) -> tuple[int, int]:
     evaluation = config.evaluation
     if evaluation.data is None:
         return 0, 0
-    rows = min(config.rollout.max_batch, evaluation.num_problems * evaluation.k)
+    rows = min(config.rollout.slots, evaluation.num_problems * evaluation.k)
     return rows, config.data.max_prompt_length + evaluation.max_tokens
 
 

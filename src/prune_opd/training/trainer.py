@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from prune_opd.config import Config
+from prune_opd.core.overlap import shared_candidates
 from prune_opd.core.window import TrainingWindow
 from prune_opd.data.source import held_out_prompts, training_prompts
 from prune_opd.errors import CheckpointError, NonFiniteError, RunDirectoryError
@@ -25,7 +26,7 @@ from prune_opd.sampling.local import LocalSampler
 from prune_opd.step import StepResult, prune_opd_step
 from prune_opd.teachers.local import LocalTeacher
 from prune_opd.tracking.console import StepLines
-from prune_opd.tracking.metrics import repetition_rate
+from prune_opd.tracking.metrics import distillation_metrics, repetition_rate, stop_metrics, trained_inputs
 from prune_opd.tracking.trackers import start_trackers
 from prune_opd.training import models
 from prune_opd.training.checkpoint import (
@@ -86,7 +87,7 @@ class Trainer:
             pad_id=self.tokenizer.pad_token_id,
             eos_ids=models.end_ids(self.student, self.tokenizer),
             vocab_size=self.vocab_size,
-            max_batch=config.rollout.max_batch,
+            slots=config.rollout.slots,
         )
         self.window = build_window(config)
         self.optimizer, self.schedule = build_optimizer(self.student, config)
@@ -238,6 +239,8 @@ class Trainer:
 
     def _write_rollouts(self, step: int, prompts: Any, result: StepResult) -> None:
         drift, rollouts = result.drift, result.rollouts
+        assert rollouts.student is not None
+        shared = shared_candidates(rollouts.student.ids, result.scores.topk.ids).sum(-1)
         _append_json(
             self.run_dir / "drift.jsonl",
             {
@@ -245,6 +248,11 @@ class Trainer:
                 "length": rollouts.lengths.tolist(),
                 "effective_length": drift.effective_length.tolist(),
                 "onset": drift.onset.tolist(),
+                "stopped": rollouts.stopped.tolist(),
+                # Shared candidates of each position, two hexadecimal digits a token: what `replay` needs.
+                "shared": [
+                    bytes(row[:n]).hex() for row, n in zip(shared.tolist(), rollouts.lengths.tolist(), strict=True)
+                ],
             },
         )
         for i in range(min(self.config.tracking.rollouts_per_step, len(rollouts.lengths))):
@@ -271,14 +279,13 @@ class Trainer:
 
 def metrics_of(result: StepResult, config: Config) -> dict[str, Any]:
     """The metrics record of one step; keys are listed in docs/metrics.md."""
-    rollouts, drift, change = result.rollouts, result.drift, result.window
+    rollouts, scores, drift, change = result.rollouts, result.scores, result.drift, result.window
     lengths, effective = rollouts.lengths, drift.effective_length.double()
-    cap = change.previous_length if change else config.rollout.max_completion_length
-    clipped = ~rollouts.finished
-    means = result.position_means.means("distillation")
-    loss_weight = means.pop("distillation/loss_weight")
-    tokens = int(lengths.sum())
-    return {
+    budget = config.rollout.max_completion_length
+    cap = change.previous_length if change else budget
+    unfinished = ~rollouts.finished
+    trained = int(lengths.sum())
+    record = {
         "loss": result.loss,
         "grad_norm": result.grad_norm,
         "prune_opd/current_max_response_length": cap,
@@ -286,20 +293,29 @@ def metrics_of(result: StepResult, config: Config) -> dict[str, Any]:
         "prune_opd/effective_response_length_mean": effective.mean().item(),
         "prune_opd/effective_response_length_max": effective.max().item(),
         "prune_opd/effective_response_length_min": effective.min().item(),
-        **({"prune_opd/effective_response_length_hit_ratio": change.hit_ratio} if change else {}),
-        "prune_opd/loss_weight_mean": loss_weight,
-        **{name: value for name, value in means.items() if not name.startswith("distillation/loss_weight")},
+        "prune_opd/effective_response_length_p90": effective.quantile(0.9).item(),
+        "prune_opd/loss_weight_mean": (result.weight.sum() / trained).item(),
+        **distillation_metrics(rollouts, scores),
         "completions/mean_length": lengths.double().mean().item(),
         "completions/eos_rate": rollouts.finished.double().mean().item(),
-        "completions/clipped_ratio": clipped.double().mean().item(),
+        "completions/clipped_ratio": (unfinished & ~rollouts.stopped).double().mean().item(),
         "completions/repetition_rate": repetition_rate(rollouts.response_ids, rollouts.response_mask),
-        "tokens/generated": tokens,
-        "tokens/scored": tokens,
-        "tokens/trained": tokens,
-        # An upper bound: a rollout that was cut might have ended by itself before the whole budget was used.
-        "tokens/saved": int((config.rollout.max_completion_length - lengths)[clipped].sum()),
+        "tokens/generated": rollouts.generated,
+        "tokens/scored": scores.scored,
+        "tokens/trained": trained,
+        "tokens/update_padding": 1 - trained_inputs(rollouts) / result.packed_tokens,
+        # Upper bounds: a rollout that was cut might have ended by itself before the whole budget was used.
+        "tokens/saved": int((budget - lengths)[unfinished].sum()),
+        "tokens/saved_by_stops": int((cap - lengths)[rollouts.stopped].sum()),
+        "rollout/slot_occupancy": rollouts.generated / max(rollouts.slot_steps, 1),
         **{f"time/{name}": seconds for name, seconds in result.seconds.items()},
     }
+    if change:
+        record["prune_opd/effective_response_length_hit_ratio"] = change.hit_ratio
+    if result.spent_at is not None:
+        guard = config.pruning.repetition
+        record |= stop_metrics(rollouts, result.events, result.audit, result.spent_at, guard)
+    return record
 
 
 def build_window(config: Config) -> TrainingWindow | None:

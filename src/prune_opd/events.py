@@ -1,0 +1,29 @@
+"""Which positions are drift events, by the settings of a recipe."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from prune_opd.config import PruningSection
+from prune_opd.core.drift import repetition_events
+from prune_opd.core.overlap import nucleus_accept, overlap_mass, topk_overlap
+from prune_opd.types import TopK
+
+
+def drift_events(response_ids: Tensor, mask: Tensor, student: TopK, teacher: TopK, pruning: PruningSection) -> Tensor:
+    """(B, T) bool: positions where student and teacher are not compatible under `pruning.metric`, or loops if guarded.
+
+    response_ids (B, T), mask (B, T) valid positions. An event depends on its own position and, with the repetition
+    guard, on tokens before it, so chunks of a rollout give the events of the whole.
+    """
+    match pruning.metric:
+        case "overlap_ratio":
+            events = topk_overlap(student.ids, teacher.ids) < pruning.threshold
+        case "overlap_mass":
+            events = overlap_mass(student.ids, student.logprobs, teacher.ids) < pruning.threshold
+        case "teacher_top_p_accept":
+            events = ~nucleus_accept(response_ids, teacher.ids, teacher.logprobs, pruning.teacher_top_p)
+    guard = pruning.repetition
+    if guard.enable:
+        events |= repetition_events(response_ids, mask, max_period=guard.max_period, min_run=guard.min_run)
+    return events & mask

@@ -1,0 +1,80 @@
+"""A key-value cache of slots: every row is at a position of its own and is taken over when its rollout ends.
+
+Keys and values lie in buffers that are allocated once; column j of a row is the token at position j of its rollout. A
+forward writes its tokens where `SlotCache.inputs` says, and sees of each row what lies at or before its own position,
+so what an earlier rollout left behind in a slot is never seen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicLayer, PreTrainedModel
+
+from prune_opd.modeling import attention_mask
+
+
+class SlotLayer(DynamicLayer):
+    """One layer's buffers (S, heads, capacity + 1, head size); the last column takes what padding writes."""
+
+    def __init__(self, cache: SlotCache) -> None:
+        super().__init__()
+        self.cache = cache
+        self.buffers: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the new states (R, heads, q, head size); returns all that the rows may see."""
+        cache = self.cache
+        if not self.buffers:
+            # Zeros, never empty memory: masked columns are multiplied by zero, and 0 * garbage may be NaN.
+            self.buffers = [
+                new.new_zeros(cache.slots, new.shape[1], cache.capacity + 1, new.shape[3])
+                for new in (key_states, value_states)
+            ]
+        seen = []
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[cache.rows[:, None], :, cache.columns] = new.transpose(1, 2)
+            rows = buffer[: len(cache.rows)] if cache.leading else buffer[cache.rows]
+            seen.append(rows[:, :, : cache.length])
+        return seen[0], seen[1]
+
+
+class SlotCache(Cache):
+    """`slots` rows of `capacity` positions for one model."""
+
+    def __init__(self, model: PreTrainedModel, *, slots: int, capacity: int) -> None:
+        self.model, self.slots, self.capacity = model, slots, capacity
+        self.rows = self.columns = torch.empty(0, dtype=torch.long)
+        self.leading, self.length = True, 0
+        super().__init__(layers=[SlotLayer(self) for _ in range(model.config.get_text_config().num_hidden_layers)])
+
+    def inputs(
+        self, input_ids: Tensor, position_ids: Tensor, *, length: int, rows: Tensor | None = None
+    ) -> dict[str, Any]:
+        """Keyword arguments for the model's next forward.
+
+        input_ids, position_ids (R, q) int64; a negative position is padding. length: the largest position + 1. rows
+        (R,): the slots of these inputs; the first R when None, which spares a copy of their keys and values.
+        """
+        self.leading, self.length = rows is None, length
+        self.rows = torch.arange(len(input_ids), device=input_ids.device) if rows is None else rows
+        self.columns = position_ids.where(position_ids >= 0, self.capacity)
+        distance = self.columns[:, :, None] - torch.arange(length, device=input_ids.device)
+        return {
+            "input_ids": input_ids,
+            "position_ids": position_ids.clamp(min=0),
+            "attention_mask": attention_mask(self.model, distance >= 0, distance),
+            "past_key_values": self,
+        }
+
+    def copy_rows(self, source: SlotCache, source_rows: Tensor, rows: Tensor, length: int) -> None:
+        """Take the first `length` columns of `source_rows` over into `rows`, whatever cache they come from."""
+        for mine, theirs in zip(self.layers, source.layers, strict=True):
+            if not mine.buffers:
+                mine.buffers = [
+                    b.new_zeros(self.slots, b.shape[1], self.capacity + 1, b.shape[3]) for b in theirs.buffers
+                ]
+            for to, of in zip(mine.buffers, theirs.buffers, strict=True):
+                to[rows, :, :length] = of[source_rows, :, :length]
