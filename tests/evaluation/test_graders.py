@@ -7,13 +7,15 @@ import re
 import sys
 import threading
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
+from prune_opd.data.gym import gym_problem
 from prune_opd.evaluation import graders
-from prune_opd.evaluation.graders import extract_answer, grade
+from prune_opd.evaluation.graders import extract_answer, grade, grade_gym
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 VERL_FILES = ["aime24", "aime25", "amc23_40", "amc23_83", "dapo-math-17k", "math500"]
@@ -219,6 +221,61 @@ def test_hostile_responses_are_wrong(response: str, monkeypatch: pytest.MonkeyPa
     assert grade(boxed(r"\frac{10}{2}"), "5")  # and the grader lives on
 
 
+def wrong_answers() -> Iterator[str]:
+    """Answers that are not 5: over 200 of them, most of a kind that breaks parsers."""
+    for number in range(6, 56):
+        yield str(number)
+        yield rf"\frac{{{number}}}{{{number + 1}}}"
+        yield rf"5 \text{{ or }} {number}"
+    for depth in (1, 10, 100, 100_000):
+        yield "{" * depth + "5"  # never closed
+        yield "}" * depth + "5"  # an empty box
+        yield r"\frac{1}{" * depth + "7" + "}" * depth
+        yield r"\sqrt{" * depth + "7" + "}" * depth
+        yield r"\left(" * depth + "7" + r"\right)" * depth
+        yield "7" + "^{7" * depth + "}" * depth
+    for filler in ("7", "x+", r"\frac", r"\left(", "^", "_", "[", "&", "\\\\", r"\text{a}", "é", "\u202e", "<b>", "\n"):
+        yield filler * (1_000_000 // len(filler)) + "7"
+    yield from (
+        "import os; os._exit(0)",
+        "__import__('os').system('true')",
+        "exec('while True: pass')",
+        "(lambda f: f(f))(lambda f: f(f))",
+        "$(reboot)",
+        "<script>alert(5)</script>",
+        "'; DROP TABLE answers; --",
+        r"\def\x{\x\x}\x",
+        r"\write18{rm}",
+        r"\catcode`\%=0",
+        "9^{9^{9^{9}}}",
+        "10^{10^{10}}!",
+        r"\int_0^1 x^{x^{x^x}} dx",
+        r"\sum_{n=1}^{10^{12}} \frac{1}{n}",
+        r"\lim_{x \to 0} \frac{\sin(x)^{999}}{x^{1000}}",
+        r"\prod_{i=1}^{99999999} i",
+        r"\begin{pmatrix} 5 & 5 \\ 5 & 5 \end{pmatrix}^{9999999}",
+        r"5 \neq 5",
+        r"5\%5",
+        "nan",
+        r"\infty",
+        "5i",
+        "5x",
+        "-5",
+        "0x5",
+        "5e5",
+    )
+
+
+@pytest.mark.slow
+def test_two_hundred_wrong_and_hostile_answers() -> None:
+    """With the time limit as it is in use: each takes under 5 s, a new process after a hang included."""
+    answers = list(wrong_answers())
+    assert len(set(answers)) >= 200
+    for answer in answers:
+        assert not grade(boxed(answer), "5"), answer[:80]
+    assert grade(boxed(r"\frac{10}{2}"), "5")
+
+
 @pytest.fixture
 def fresh_verifier() -> Iterator[graders._Verifier]:
     graders._verifier.cache_clear()
@@ -288,6 +345,90 @@ def test_math_verify_that_does_not_start_is_not_a_wrong_answer(
     monkeypatch.setattr(graders.sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="did not start"):
         grade(boxed(r"\frac{10}{2}"), "5")
+
+
+# ---- reasoning-gym ----
+
+needs_gym = pytest.mark.skipif(find_spec("reasoning_gym") is None, reason="no reasoning-gym: make setup-smollm")
+SUM = {"task": "reasoning_gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1", "seed": 0}
+GRID = {"task": "reasoning_gym:rotate_matrix?min_n=2&max_n=2", "seed": 0}
+
+
+def gym_answer(problem: dict) -> str:
+    return gym_problem(**problem)[1]["answer"]
+
+
+@needs_gym
+@pytest.mark.parametrize(
+    "response",
+    [
+        "{}",
+        "so\n{}\n\n",
+        "so \\boxed{{{}}} then",
+        "so \\boxed{{\\text{{{}}}}} then",
+        "Answer: {}",
+        "<answer>{}</answer>",
+        "<ANSWER>\n{}\n</ANSWER> and more",
+        "<answer>\\boxed{{{}}}</answer>",
+        "<answer>99</answer> no, <answer>{}</answer>",
+        "Answer: in the tags\n<answer>{}</answer>",
+        "<answer>99 <answer>{}</answer>",
+        "<answer>{}</answer> <answer>cut off",
+    ],
+)
+def test_gym_answers_are_found(response: str) -> None:
+    assert grade_gym(response.format(gym_answer(SUM)), **SUM)
+    assert not grade_gym(response.format("1000"), **SUM)
+
+
+@needs_gym
+def test_gym_answers_of_several_lines_need_the_tags() -> None:
+    answer = gym_answer(GRID)
+    assert "\n" in answer
+    assert grade_gym(f"<answer>\n{answer}\n</answer>", **GRID)
+    assert not grade_gym(answer, **GRID)
+
+
+@needs_gym
+@pytest.mark.parametrize("response", ["", "\0", "\ud800", "<answer></answer>", "<answer>" * 100_000, "7" * 1_000_000])
+def test_hostile_gym_answers_are_wrong(response: str) -> None:
+    assert not grade_gym(response, **SUM)
+
+
+@needs_gym
+def test_a_gym_verifier_that_raises_hangs_or_dies_costs_one_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    factors, binary = {"task": "prime_factorization", "seed": 3}, {"task": "binary_matrix", "seed": 3}
+    assert grade_gym(gym_answer(factors), **factors)
+    with pytest.raises(ValueError):  # or else it would no longer be a test of one that raises
+        gym_problem(**factors)[0].score_answer("x", gym_problem(**factors)[1])
+    assert not grade_gym("x", **factors)
+    monkeypatch.setattr(graders, "GYM_VERIFY_SECONDS", 1.0)
+    for code in ("__import__('os')._exit(0)", "__import__('time').sleep(60)"):  # this verifier evaluates answers
+        assert not grade_gym(f"<answer>{code}</answer>", **binary)
+        monkeypatch.undo()
+        assert grade_gym(f"<answer>{gym_answer(binary)}</answer>", **binary)
+        monkeypatch.setattr(graders, "GYM_VERIFY_SECONDS", 1.0)
+
+
+@needs_gym
+@pytest.mark.parametrize(
+    "code",
+    [
+        "__import__('os').system('touch {}')",
+        "open('{}', 'w')",
+        "__import__('pathlib').Path('{}').touch()",
+        "__import__('os').open('{}', 65)",
+        "__import__('subprocess').run(['touch', '{}'])",
+    ],
+)
+def test_gym_answers_that_are_code_change_no_file(code: str, tmp_path: Path) -> None:
+    problem = {"task": "binary_matrix", "seed": 3}
+    assert not grade_gym(f"<answer>{code.format(tmp_path / 'made')}</answer>", **problem)
+    assert not (tmp_path / "made").exists()
+    data_set, entry = gym_problem(**problem)
+    if "subprocess" not in code:  # unguarded, the same answer does it: so the guard is what stops it
+        data_set.score_answer(code.format(tmp_path / "made"), entry)
+        assert (tmp_path / "made").exists()
 
 
 # ---- the golds of the real files ----

@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from prune_opd.config import DataSection
-from prune_opd.data.gym import ALL_SEEDS, GYM_PREFIX, HELD_OUT_SEEDS, gym_problem
+from prune_opd.data.gym import GYM_PREFIX, HELD_OUT_SEEDS, gym_problem, training_seeds
 from prune_opd.data.prompts import Prompt, load_prompts, render, tokenize
 from prune_opd.data.tasks import Split, problems
 from prune_opd.errors import ConfigError, DataError
@@ -83,9 +83,8 @@ class GymSource:
 
     def batch(self, step: int, count: int) -> Sequence[Prompt]:
         """See `PromptSource.batch`; problems that are too long are replaced by others."""
-        rng = np.random.default_rng([self.seed, step])
-        draws = iter(lambda: int(rng.integers(HELD_OUT_SEEDS, ALL_SEEDS)), None)
-        return gym_prompts(self.data.train, self.data, self.tokenizer, seeds=draws, count=count)
+        seeds = training_seeds(self.seed, step)
+        return gym_prompts(self.data.train, self.data, self.tokenizer, seeds=seeds, count=count)
 
 
 def gym_prompts(
@@ -93,7 +92,7 @@ def gym_prompts(
 ) -> list[Prompt]:
     """The first `count` problems of `seeds` whose prompts have at most `data.max_prompt_length` tokens."""
     found: list[Prompt] = []
-    shortest = ALL_SEEDS
+    lengths: list[int] = []
     for tried, seed in enumerate(seeds, start=1):
         source = f"{task} seed {seed}"
         _, entry = gym_problem(task, seed)
@@ -101,7 +100,7 @@ def gym_prompts(
             source, entry["question"], tokenizer, suffix=data.prompt_suffix, template=data.chat_template_kwargs
         )
         (ids,) = tokenize([text], tokenizer)
-        shortest = min(shortest, len(ids))
+        lengths.append(len(ids))
         if len(ids) <= data.max_prompt_length:
             answer = None if entry["answer"] is None else str(entry["answer"])
             found.append(Prompt(text, tuple(ids), answer, source, functools.partial(grade_gym, task=task, seed=seed)))
@@ -110,8 +109,8 @@ def gym_prompts(
         if tried >= 100 + 10 * count:
             raise DataError(
                 f"{task}: of {tried} prompts only {len(found)} have at most data.max_prompt_length = "
-                f"{data.max_prompt_length} tokens, the shortest has {shortest}; raise it, or ask for easier problems "
-                f"with settings of the task, as in {GYM_PREFIX}chain_sum?max_terms=3"
+                f"{data.max_prompt_length} tokens, the shortest has {min(lengths)}; raise it, or ask for easier "
+                f"problems with settings of the task, as in {GYM_PREFIX}chain_sum?max_terms=3"
             )
     return found
 
