@@ -92,28 +92,36 @@ class Packed:
     position: Tensor
 
 
+FULL_ENOUGH = 0.95
+"""Rows that share a micro-batch are filled to at least this share of its width, so padding stays below 1 - this."""
+
+
 def pack(rollouts: Rollouts, token_budget: int) -> Iterator[Packed]:
     """Micro-batches of at most `token_budget` columns (one row at least), rollouts packed by first-fit decreasing.
 
-    A row is as wide as the longest rollout, and shorter rollouts share one. Of each rollout, prompt + response without
-    the last token are fed, since nothing is predicted from it; rollouts without a kept token are left out.
+    A row is at most as wide as the longest rollout; shorter rollouts share one. Of each rollout, prompt + response
+    without the last token are fed, since nothing is predicted from it; rollouts without a kept token are left out.
     """
     lengths = rollouts.lengths.tolist()
     sizes = {b: len(rollouts.prompts[b]) + n - 1 for b, n in enumerate(lengths) if n > 0}
     width = max(sizes.values(), default=0)
     rows: list[list[int]] = []
-    room: list[int] = []
+    filled: list[int] = []
     for b in sorted(sizes, key=lambda b: -sizes[b]):
-        place = next((i for i, free in enumerate(room) if free >= sizes[b]), None)
+        place = next((i for i, fill in enumerate(filled) if fill + sizes[b] <= width), None)
         if place is None:
             place = len(rows)
             rows.append([])
-            room.append(width)
+            filled.append(0)
         rows[place].append(b)
-        room[place] -= sizes[b]
-    count = max(1, token_budget // max(width, 1))
-    for start in range(0, len(rows), count):
-        yield _packed(rollouts, rows[start : start + count], lengths)
+        filled[place] += sizes[b]
+    order = sorted(range(len(rows)), key=lambda row: -filled[row])
+    while order:
+        width = filled[order[0]]
+        alike = sum(filled[row] >= FULL_ENOUGH * width for row in order)
+        count = min(alike, max(1, token_budget // width))
+        yield _packed(rollouts, [rows[row] for row in order[:count]], lengths)
+        order = order[count:]
 
 
 def _packed(rollouts: Rollouts, rows: list[list[int]], lengths: list[int]) -> Packed:

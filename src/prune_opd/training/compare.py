@@ -26,11 +26,14 @@ QUANTITIES = ("train_seconds", "eval_seconds", "student_tokens", "teacher_tokens
 def arm_config(config: Config, arm: str, seed: int) -> Config:
     """The recipe as one arm runs it.
 
-    opd: no pruning, whole budget · prune: as the recipe says · fixed:N: no pruning, responses cut at N tokens.
+    opd: no pruning, whole budget · prune: weights and window, nothing stopped in flight (the paper) · prune-inflight:
+    the same, and drifted rollouts stop while they are generated · fixed:N: no pruning, responses cut at N tokens.
     """
-    match re.fullmatch(r"(opd|prune)|fixed:(\d+)", arm):
+    settings: dict[str, Any] = {"training.seed": seed, "pruning.enable": arm.startswith("prune")}
+    match re.fullmatch(r"(opd|prune|prune-inflight)|fixed:(\d+)", arm):
         case re.Match() as found:
-            settings: dict[str, Any] = {"training.seed": seed, "pruning.enable": arm == "prune"}
+            if settings["pruning.enable"]:
+                settings["pruning.in_flight.enable"] = arm == "prune-inflight"
             if found[2]:
                 length, budget = int(found[2]), config.rollout.max_completion_length
                 if not 1 <= length <= budget:
@@ -38,7 +41,7 @@ def arm_config(config: Config, arm: str, seed: int) -> Config:
                 settings["rollout.max_completion_length"] = length
         case None:
             raise ConfigError(
-                f"unknown arm {arm!r}; there are opd, prune and fixed:N (N tokens, for example fixed:256)"
+                f"unknown arm {arm!r}; there are opd, prune, prune-inflight and fixed:N (N tokens, as in fixed:256)"
             )
     if arm == "prune" and not config.window_is_dynamic:
         warnings.warn("arm prune: pruning.dynamic_response_length.enable is false; nothing is cut", stacklevel=2)
