@@ -24,7 +24,7 @@ from prune_opd.tracking.console import duration
 from prune_opd.training import models
 from prune_opd.training.trainer import environment
 
-ANSWERS_PER_SLOT = 4  # sampled in one go: more fills the slots better at its end, fewer show progress more often
+ANSWERS_PER_SLOT = 2  # sampled in one go: more fills the slots better at its end, fewer show progress more often
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
 
 
@@ -97,7 +97,9 @@ def evaluate_model(
         "environment": environment(torch_device),
     }
     (output_dir / "eval.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    console.print(_table(found, settings, f"{model_name} on {benchmark} ({len(prompts)} problems)"))
+    title = f"{model_name} on {benchmark}, {len(prompts)} problems"
+    console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
+    console.print(_table(found, settings))
     console.print(f"answers: {output_dir / 'responses.jsonl'}", markup=False, highlight=False, soft_wrap=True)
     return found
 
@@ -120,6 +122,7 @@ def _fitted(
         style="yellow",
         markup=False,
         highlight=False,
+        soft_wrap=True,
     )
     return settings.model_copy(update={"max_tokens": fits})
 
@@ -155,8 +158,8 @@ def _progress(console: Console, problems: int, k: int) -> Iterator[Callable[[int
     yield line
 
 
-def _table(found: Evaluation, settings: EvaluationSection, title: str) -> Table:
-    table = Table(title=title, title_justify="left")
+def _table(found: Evaluation, settings: EvaluationSection) -> Table:
+    table = Table()
     table.add_column("measure")
     table.add_column("value", justify="right")
     table.add_column("95% interval", justify="right")
