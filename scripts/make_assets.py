@@ -197,7 +197,7 @@ def main() -> None:
     made = {
         "teacher": stage("teacher", "base", [(clean, 250, 3e-4, full)]),
         "low-student": stage("low-student", "base", [(mixture(clean_share=0.15, wrong=0.08, filler=0.25), 200, 5e-4, full)]),
-        "high-student": stage("high-student", "teacher", [(late_slips(wrong=0.06, wrong_from=8), 60, 1e-4, full)]),
+        "high-student": stage("high-student", "teacher", [(late_slips(wrong=0.06, wrong_from=8), 30, 1e-4, full)]),
     }
     facts = {name: examine(model, tokenizer, problems_count=100, k=8, label=name) for name, model in made.items()}
     for name, model in made.items():
