@@ -2,8 +2,8 @@
 
 OPD sharpens what a student can already do, so every model descends from one that has mastered the task:
 
-    base             sums on short chains first (on long ones from the start, none were learnt in 1,800 steps), then clean
-                     long solutions until mastery, then a mixture that also rambles, slips and runs on
+    base             sums on short chains first (on long ones from the start, none were learnt in 1,800 steps), then
+                     clean long solutions until mastery, then a mixture that also rambles, slips and runs on
     teacher          the base, gently on clean solutions: solves and stops
     low-student      the base, on a worse mixture: errs, rambles past the answer, rarely ends
     high-student     the teacher, a little on clean-looking solutions that slip only late in the chain: agrees almost
@@ -160,7 +160,9 @@ def main() -> None:
     began = time.time()
     tokenizer = build_tokenizer()
 
-    def stage(name: str, parent: str | None, runs: list[tuple[Writer, int, float, tuple[int, int]]]) -> Qwen3ForCausalLM:
+    def stage(
+        name: str, parent: str | None, runs: list[tuple[Writer, int, float, tuple[int, int]]]
+    ) -> Qwen3ForCausalLM:
         """Train `name` from `parent`, or take it from the work directory when an earlier call finished it."""
         folder = args.work_dir / name
         if not (folder / "config.json").exists():
@@ -196,7 +198,9 @@ def main() -> None:
     stage("base", "mastery", [(mixture(clean_share=0.35, wrong=0.10, filler=0.15), 500, 1e-3, full)])
     made = {
         "teacher": stage("teacher", "base", [(clean, 250, 3e-4, full)]),
-        "low-student": stage("low-student", "base", [(mixture(clean_share=0.15, wrong=0.08, filler=0.25), 200, 5e-4, full)]),
+        "low-student": stage(
+            "low-student", "base", [(mixture(clean_share=0.15, wrong=0.08, filler=0.25), 200, 5e-4, full)]
+        ),
         "high-student": stage("high-student", "teacher", [(late_slips(wrong=0.06, wrong_from=8), 30, 1e-4, full)]),
     }
     facts = {name: examine(model, tokenizer, problems_count=100, k=8, label=name) for name, model in made.items()}

@@ -86,7 +86,7 @@ def gradients(model) -> torch.Tensor:
 
 
 def by_hand(student, teacher, rollouts, config):
-    """Each rollout through float64 models alone: overlaps, drift, loss, gradient of the loss, from tests/core/reference."""
+    """Each rollout through float64 models alone: overlaps, drift, loss, and the gradient of the loss."""
     student, teacher = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
     B, T, K = len(rollouts.prompts), rollouts.response_ids.shape[1], config.objective.top_k
     logits, teacher_logits = [], []

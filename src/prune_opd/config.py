@@ -251,6 +251,10 @@ def settings_without_effect(config: Config) -> Iterator[tuple[str, str]]:
         else:
             for name in written(pruning, "pruning", "teacher_top_p"):
                 yield name, f"metric is {pruning.metric}"
+        for name, section in (("in_flight", pruning.in_flight), ("repetition", pruning.repetition)):
+            for setting in written(section, f"pruning.{name}") if not section.enable else ():
+                if not setting.endswith(".enable"):
+                    yield setting, f"pruning.{name}.enable is false"
         if not dynamic.enable:
             for name in written(dynamic, "pruning.dynamic_response_length"):
                 if not name.endswith(".enable"):

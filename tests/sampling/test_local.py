@@ -148,9 +148,7 @@ def test_greedy_at_temperature_zero():
 
 def test_ids_past_the_vocabulary_are_never_sampled():
     model, prompts = tiny_model("qwen3"), tiny_prompts()
-    rollouts = sampler_of(model, vocab_size=20).sample(
-        prompts, rollout_uniforms(0, 0, range(len(prompts)), T), top_k=3
-    )
+    rollouts = sampler_of(model, vocab_size=20).sample(prompts, rollout_uniforms(0, 0, range(len(prompts)), T), top_k=3)
     assert rollouts.response_ids.max() < 20 <= VOCAB and rollouts.student.ids.max() < 20
 
 

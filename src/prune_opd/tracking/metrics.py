@@ -60,8 +60,8 @@ def stop_metrics(
 ) -> dict[str, float]:
     """Stops by cause, and what the audit rollouts say of them.
 
-    events (B, T) bool, audit (B,) bool, spent_at (B,) int64 as in `DriftMonitor`. A stop is the repetition guard's if its
-    last token stood in a loop. An audit rollout that would have been stopped came back if the median token after
+    events (B, T) bool, audit (B,) bool, spent_at (B,) int64 as in `DriftMonitor`. A stop is the repetition guard's if
+    its last token stood in a loop. An audit rollout that would have been stopped came back if the median token after
     that point was no drift event, in other words if its compatibility was above the threshold again.
     """
     mask, lengths, audit, spent_at = rollouts.response_mask, rollouts.lengths, audit.cpu(), spent_at.cpu()

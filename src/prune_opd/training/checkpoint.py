@@ -35,7 +35,7 @@ def save_checkpoint(
     folder: Path,
     *,
     step: int,
-    model: torch.nn.Module,
+    model: Any,
     tokenizer: Any,
     optimizer: Optimizer,
     schedule: LRScheduler,
@@ -75,7 +75,7 @@ def load_checkpoint(
     schedule: LRScheduler,
     window: TrainingWindow | None,
     config: Config,
-) -> tuple[int, dict[str, float]]:
+) -> tuple[int, dict[str, Any]]:
     """Put everything back; returns (steps done, totals). Raises CheckpointError when it cannot or must not be used."""
     state_file = checkpoint / "trainer_state.json"
     try:

@@ -104,14 +104,13 @@ def compare(
 
 def write_results(output_dir: Path, config: Config, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Write `compare.json` of the runs so far, so that a comparison that is interrupted keeps what it has."""
-    results = {
-        "arms": [summarise(arm, of_arm) for arm, of_arm in runs.items() if of_arm],
-        "recipe": config.model_dump(),
-    }
-    baseline = next((arm for arm in results["arms"] if arm["arm"] == BASELINE), None)
-    for arm in results["arms"] if baseline else []:
-        for name in ("train_seconds", "student_tokens"):
-            arm[f"{name}_saving"] = 1 - arm[name]["mean"] / baseline[name]["mean"]
+    arms = [summarise(arm, of_arm) for arm, of_arm in runs.items() if of_arm]
+    baseline = next((arm for arm in arms if arm["arm"] == BASELINE), None)
+    if baseline is not None:
+        for arm in arms:
+            for name in ("train_seconds", "student_tokens"):
+                arm[f"{name}_saving"] = 1 - arm[name]["mean"] / baseline[name]["mean"]
+    results = {"arms": arms, "recipe": config.model_dump()}
     (output_dir / "compare.json").write_text(json.dumps(results, indent=1) + "\n")
     return results
 
