@@ -88,8 +88,9 @@ def add_adapters(model: PreTrainedModel, lora: LoraSection) -> PreTrainedModel:
 
 def load_tokenizer(name: str, settings: ModelSection) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, which must know padding and the end of a sequence."""
+    folder = resolve_model(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=settings.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise TokenizerError(f"the tokenizer of {name!r} cannot be loaded: {error}") from error
     if tokenizer.eos_token_id is None:

@@ -1,0 +1,250 @@
+"""Whole runs on the embedded pair: files, resume, comparison, and what a user may get wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from prune_opd.config import load_config
+from prune_opd.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ModelError,
+    NonFiniteError,
+    RunDirectoryError,
+    TokenizerError,
+)
+from prune_opd.training import compare as compare_module
+from prune_opd.training.compare import arm_config, compare, spread
+from prune_opd.training.models import resolve_model
+from prune_opd.training.trainer import Trainer
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
+SMALL = [
+    "training.steps=4",
+    "training.save_every=2",
+    "rollout.prompts_per_step=2",
+    "rollout.num_generations=2",
+    "rollout.max_completion_length=40",
+    "pruning.dynamic_response_length.init_len=16",
+    "pruning.dynamic_response_length.min_len=16",
+    "pruning.dynamic_response_length.max_len=40",
+    "evaluation.num_problems=3",
+    "evaluation.every=2",
+    "evaluation.k=1",
+    "evaluation.max_tokens=30",
+]
+IN_FLIGHT = ["pruning.in_flight.enable=true", "pruning.in_flight.chunk=8", "pruning.w_drop=0.2"]
+SECONDS = ("time/", "eta_seconds")
+
+
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+def run(folder, *settings, resume="never"):
+    trainer = Trainer(load_config(RECIPE, [*SMALL, *settings]), folder, resume=resume, console=quiet())
+    trainer.train()
+    return trainer
+
+
+def records(folder, name="metrics.jsonl"):
+    """Without what a clock says."""
+    rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(SECONDS)} for row in rows]
+
+
+def copy_of_student(folder) -> Path:
+    shutil.copytree(resolve_model("embedded:low-student"), folder)
+    return folder
+
+
+@pytest.mark.parametrize("settings", [[], IN_FLIGHT], ids=["window", "in-flight"])
+def test_a_run_that_was_cut_off_and_resumed_is_the_run_that_was_not(tmp_path, settings):
+    run(tmp_path / "whole", *settings)
+    run(tmp_path / "cut", *settings, "training.steps=2")
+    # As a killed process leaves them: a step logged past the checkpoint, and half a line.
+    with (tmp_path / "cut/metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss": 0}\n{"step": 4, "lo')
+    run(tmp_path / "cut", *settings, resume="auto")
+    for name in ("metrics.jsonl", "drift.jsonl", "rollouts.jsonl"):
+        whole, cut = records(tmp_path / "whole", name), records(tmp_path / "cut", name)
+        if name == "metrics.jsonl":  # the number of steps is part of a record, and the first half had two
+            whole, cut = ([{k: v for k, v in r.items() if k != "steps"} for r in rows] for rows in (whole, cut))
+        assert cut == whole, name
+    weights = [load_file(tmp_path / x / "checkpoints/step_4/model.safetensors") for x in ("whole", "cut")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_training_changes_the_student_and_the_window_moves(tmp_path):
+    trainer = run(tmp_path / "run")
+    before = load_file(Path(resolve_model("embedded:low-student")) / "model.safetensors")
+    after = load_file(tmp_path / "run/checkpoints/step_4/model.safetensors")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    rows = [r for r in records(tmp_path / "run") if r["step"] > 0]
+    assert [r["step"] for r in rows] == [1, 2, 3, 4]
+    assert rows[1]["prune_opd/current_max_response_length"] == rows[0]["prune_opd/next_max_response_length"] != 16
+    assert trainer.totals.student_tokens == sum(r["tokens/generated"] for r in rows)
+    for name in ("config.json", "env.json", "drift.jsonl", "rollouts.jsonl"):
+        assert (tmp_path / "run" / name).stat().st_size > 0
+    for row in records(tmp_path / "run", "drift.jsonl"):
+        assert [len(bytes.fromhex(shared)) for shared in row["shared"]] == row["length"]
+
+
+def test_the_same_recipe_gives_the_same_run_and_another_seed_another(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(tmp_path / name, "training.steps=1", f"training.seed={seed}")
+    assert records(tmp_path / "a") == records(tmp_path / "b") != records(tmp_path / "c")
+
+
+def test_lora_bf16_and_checkpointing_run(tmp_path):
+    trainer = run(
+        tmp_path / "run",
+        "training.steps=2",
+        "model.lora.r=4",
+        "training.bf16=true",
+        "training.gradient_checkpointing=true",
+    )
+    trained = {name for name, p in trainer.student.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    run(tmp_path / "run", "training.steps=3", "model.lora.r=4", "training.bf16=true", resume="auto")
+
+
+def test_a_run_directory_is_never_overwritten(tmp_path):
+    run(tmp_path / "run", "training.steps=1")
+    with pytest.raises(RunDirectoryError, match="--resume auto"):
+        run(tmp_path / "run", "training.steps=1")
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
+    run(tmp_path / "run", "training.steps=2")
+    with pytest.raises(CheckpointError, match=r"objective\.top_k was 8, is now 4"):
+        run(tmp_path / "run", "objective.top_k=4", resume="auto")
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        run(tmp_path / "run", resume=str(tmp_path / "nowhere"))
+    (tmp_path / "run/checkpoints/step_2/model.safetensors").write_bytes(b"half")
+    with pytest.raises(CheckpointError, match="damaged or incomplete"):
+        run(tmp_path / "run", resume="auto")
+
+
+def test_a_loss_that_is_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path):
+    trainer = Trainer(load_config(RECIPE, SMALL), tmp_path / "run", console=quiet())
+    take = trainer.teacher.score
+    calls = []
+
+    def broken(rollouts, *, top_k):
+        scores = take(rollouts, top_k=top_k)
+        calls.append(1)
+        if len(calls) == 4:
+            scores.candidate_logprobs.fill_(float("nan"))
+        return scores
+
+    trainer.teacher.score = broken
+    with pytest.raises(NonFiniteError, match=r"the last good checkpoint is .*step_2"):
+        trainer.train()
+    assert (tmp_path / "run/checkpoints/step_2/model.safetensors").is_file()
+
+
+# ---- models and tokenizers that do not fit ----
+
+
+def edit_json(path, **changes):
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in (content | changes).items() if v is not None}))
+
+
+def test_token_maps_are_compared_not_sizes(tmp_path):
+    student = copy_of_student(tmp_path / "student")
+    vocabulary = json.loads((student / "tokenizer.json").read_text())
+    words = vocabulary["model"]["vocab"]
+    words["+"], words["="] = words["="], words["+"]
+    (student / "tokenizer.json").write_text(json.dumps(vocabulary))
+    with pytest.raises(TokenizerError, match="2 tokens differ in id"):
+        run(tmp_path / "run", f"model.model_name_or_path={student}")
+
+
+@pytest.mark.parametrize("token, words", [("pad_token", "no pad token"), ("eos_token", "no EOS token")])
+def test_missing_special_tokens(tmp_path, token, words):
+    student = copy_of_student(tmp_path / "student")
+    edit_json(student / "tokenizer_config.json", **{token: None})
+    (student / "special_tokens_map.json").unlink(missing_ok=True)
+    with pytest.raises(TokenizerError, match=words):
+        run(tmp_path / "run", f"model.model_name_or_path={student}")
+
+
+def test_a_padded_embedding_is_fine(tmp_path):
+    """Rows beyond the tokens, as many releases have: nothing of them may be sampled or scored."""
+    from transformers import AutoModelForCausalLM
+
+    student = copy_of_student(tmp_path / "student")
+    model = AutoModelForCausalLM.from_pretrained(student)
+    model.resize_token_embeddings(model.config.vocab_size + 13)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[-13:] = 9.0
+    model.save_pretrained(student)
+    trainer = run(tmp_path / "run", f"model.model_name_or_path={student}", "training.steps=1")
+    assert trainer.vocab_size == model.config.vocab_size - 13
+    run(tmp_path / "plain", "training.steps=1")
+    assert records(tmp_path / "run", "drift.jsonl") == records(tmp_path / "plain", "drift.jsonl")
+
+
+def test_settings_that_do_not_fit_the_models(tmp_path):
+    with pytest.raises(ModelError, match="top_k = 9999 is above the shared vocabulary"):
+        run(tmp_path / "k", "objective.top_k=9999")
+    with pytest.raises(ModelError, match="512 positions"):
+        run(tmp_path / "long", "rollout.max_completion_length=500")
+    with pytest.raises(ModelError, match="embedded:low-student"):
+        run(tmp_path / "name", "model.model_name_or_path=embedded:lowstudent")
+    with pytest.raises(DataError, match=r"prompts\.jsonl"):
+        (tmp_path / "prompts.jsonl").write_text("")
+        run(tmp_path / "data", f"data.train={tmp_path / 'prompts.jsonl'}")
+    assert not any((tmp_path / name).exists() for name in ("k", "long", "name", "data")), "nothing was begun"
+
+
+# ---- compare ----
+
+
+def test_arms_differ_by_what_they_say_and_share_the_rest():
+    config = load_config(RECIPE)
+    opd, prune, inflight, fixed = (arm_config(config, a, 3) for a in ("opd", "prune", "prune-inflight", "fixed:64"))
+    assert not opd.pruning.enable and not opd.window_is_dynamic and prune.window_is_dynamic
+    assert inflight.stops_in_flight and not prune.stops_in_flight and not opd.stops_in_flight
+    assert fixed.rollout.max_completion_length == 64 and not fixed.pruning.enable
+    for arm in (opd, prune, inflight, fixed):
+        assert arm.training.seed == 3 and arm.evaluation == config.evaluation and arm.data == config.data
+    for wrong in ("prun", "fixed:", "fixed:0", "fixed:99999", "opd:4"):
+        with pytest.raises(ConfigError, match="arm"):
+            arm_config(config, wrong, 0)
+
+
+def test_compare_writes_what_it_promises(tmp_path):
+    arms = ["opd", "prune", "fixed:20"]
+    config = load_config(RECIPE, [*SMALL, "training.steps=2"])
+    results = compare(config, arms=arms, seeds=range(1, 3), output_dir=tmp_path / "out", console=quiet())
+    assert json.loads((tmp_path / "out/compare.json").read_text())["arms"][0]["arm"] == "opd"
+    assert [a["arm"] for a in results["arms"]] == arms and all(a["seeds"] == [1, 2] for a in results["arms"])
+    first = {a["arm"]: a["runs"][0]["evaluations"][0]["accuracy"] for a in results["arms"]}
+    assert len(set(first.values())) == 1, "before training all arms are the same model on the same problems"
+    by_arm = {a["arm"]: a for a in results["arms"]}
+    assert by_arm["prune"]["student_tokens"]["mean"] < by_arm["opd"]["student_tokens"]["mean"]
+    assert by_arm["opd"]["train_seconds"]["mean"] > 0 and by_arm["opd"]["eval_seconds"]["mean"] > 0
+    with pytest.raises(RunDirectoryError):
+        compare(config, arms=arms, seeds=range(1), output_dir=tmp_path / "out", console=quiet())
+    with pytest.raises(ConfigError, match="twice"):
+        compare(config, arms=["opd", "opd"], seeds=range(1), output_dir=tmp_path / "new", console=quiet())
+
+
+def test_spread_is_students_t():
+    """Hand values: mean 2, sd 1, t(2 df) 4.303."""
+    found = spread([1.0, 2.0, 3.0])
+    assert found["mean"] == 2 and found["std"] == 1
+    assert found["ci95"][1] == pytest.approx(2 + 4.303 / 3**0.5, abs=1e-3)
+    assert spread([5.0]) == {"mean": 5.0, "std": None, "ci95": None}
+    assert compare_module.BASELINE == "opd"
