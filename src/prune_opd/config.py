@@ -34,6 +34,18 @@ class LoraSection(Section):
     target_modules: list[str] | Literal["all-linear"] = Field("all-linear", description="Modules that get adapters.")
 
 
+class TeacherServerSection(Section):
+    """How `model.teacher_model_server_url` is asked. A key is read from the environment, PRUNE_OPD_SERVER_API_KEY."""
+
+    model: str | None = Field(None, description="Name that the servers serve the teacher under; unset, the teacher's.")
+    top_logprobs: PositiveInt = Field(
+        20, description="Teacher tokens asked for at each position; at most the servers' --max-logprobs."
+    )
+    timeout: float = Field(300.0, gt=0, description="Seconds of silence after which a request counts as lost.")
+    deadline: float = Field(1800.0, gt=0, description="Seconds within which a request must be answered, with retries.")
+    concurrency: PositiveInt = Field(8, description="Requests that one server holds at a time.")
+
+
 class ModelSection(Section):
     """Student and teacher. `embedded:NAME` is a model that ships with the package."""
 
@@ -44,6 +56,10 @@ class ModelSection(Section):
     attn_implementation: str = Field("sdpa", description="Attention of both models, as transformers names it.")
     trust_remote_code: bool = Field(False, description="Run model code that ships with a checkpoint.")
     lora: LoraSection | None = Field(None, description="Train adapters instead of all weights.")
+    teacher_model_server_url: str | list[str] | None = Field(
+        None, description="Address of a vLLM server that scores in the teacher's place, or a list of replicas."
+    )
+    teacher_server: TeacherServerSection = Field(default_factory=TeacherServerSection, description="How it is asked.")
 
 
 class DataSection(Section):
@@ -259,6 +275,12 @@ def settings_without_effect(config: Config) -> Iterator[tuple[str, str]]:
             for name in written(dynamic, "pruning.dynamic_response_length"):
                 if not name.endswith(".enable"):
                     yield name, "dynamic_response_length.enable is false"
+    if config.model.teacher_model_server_url is None:
+        for name in written(config.model.teacher_server, "model.teacher_server"):
+            yield name, "model.teacher_model_server_url is not set, so the teacher runs in this process"
+    else:
+        for name in written(config.model, "model", "teacher_dtype"):
+            yield name, "the teacher is served; its server chose the type"
     if objective.loss != "topk_reverse_kl":
         for name in written(objective, "objective", "top_k_strategy", "reward_weight_mode"):
             yield name, f"loss is {objective.loss}"
@@ -287,6 +309,21 @@ def _check_conflicts(config: Config, where: str) -> None:
             raise ConfigError(
                 f"{where}: pruning.dynamic_response_length.max_len = {dynamic.max_len} is above "
                 f"rollout.max_completion_length = {config.rollout.max_completion_length}; lower it or raise the other"
+            )
+    if config.model.teacher_model_server_url is not None:
+        served, objective = config.model.teacher_server, config.objective
+        if config.model.teacher_model_server_url == []:
+            raise ConfigError(f"{where}: model.teacher_model_server_url lists no server; name one, or leave it out")
+        if served.top_logprobs < objective.top_k:
+            raise ConfigError(
+                f"{where}: model.teacher_server.top_logprobs = {served.top_logprobs} is below objective.top_k "
+                f"= {objective.top_k}: the teacher's candidates would be cut; raise it, and the servers' --max-logprobs"
+            )
+        if objective.loss in ("forward_kl", "reverse_kl", "jsd"):
+            raise ConfigError(
+                f"{where}: objective.loss = {objective.loss!r} needs the teacher's logits over the whole vocabulary, "
+                "which a server does not send; use topk_reverse_kl or sampled_token, or leave out "
+                "model.teacher_model_server_url"
             )
     if config.training.warmup_steps >= config.training.steps:
         raise ConfigError(

@@ -41,3 +41,7 @@ class RunDirectoryError(PruneOPDError, FileExistsError):
 
 class NonFiniteError(PruneOPDError, ArithmeticError):
     """The loss or a gradient became NaN or infinite; training stops before the weights are touched."""
+
+
+class ServerError(PruneOPDError, ConnectionError):
+    """An inference server cannot be reached, refuses, or answers what nothing may be trained on."""

@@ -42,9 +42,11 @@ class InFlightStop:
         w_drop = 1 / settings.stop_after_events if settings.stop_after_events else pruning.w_drop
         self.monitor = DriftMonitor(len(audit), w_drop=w_drop, eps=pruning.positive_eps)
         self.scores: TeacherScores | None = None
+        self.unscored: dict[int, int] = {}  # rollout -> its first token that waits for the next look that is worth it
 
     def watch(self, response_ids: Tensor, student: TopK, spans: Sequence[Span]) -> Mapping[int, int]:
         """See `Watcher.watch`."""
+        spans = self._due(spans)
         if not spans:
             return {}
         with self.stopwatch.phase("teacher"):
@@ -69,6 +71,17 @@ class InFlightStop:
                 stops[span.rollout] = kept
                 self.stream.drop(span.rollout)
         return stops
+
+    def _due(self, spans: Sequence[Span]) -> list[Span]:
+        """The spans to be scored now, with what waited before them; the others wait (`TeacherStream.growth`)."""
+        due = []
+        for span in spans:
+            start = self.unscored.pop(span.rollout, span.start)
+            if span.ended or span.end >= self.stream.growth * start:
+                due.append(replace(span, start=start))
+            else:
+                self.unscored[span.rollout] = start
+        return due
 
     def scores_of(self, width: int) -> TeacherScores:
         """Everything the teacher said, for the first `width` response positions."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prune_opd.config import load_config
 from prune_opd.errors import (
@@ -25,6 +26,7 @@ from prune_opd.training import compare as compare_module
 from prune_opd.training.compare import arm_config, compare, spread
 from prune_opd.training.models import resolve_model
 from prune_opd.training.trainer import Trainer
+from tests.openai_server import serving
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
 SMALL = [
@@ -248,3 +250,29 @@ def test_spread_is_students_t():
     assert found["ci95"][1] == pytest.approx(2 + 4.303 / 3**0.5, abs=1e-3)
     assert spread([5.0]) == {"mean": 5.0, "std": None, "ci95": None}
     assert compare_module.BASELINE == "opd"
+
+
+@pytest.mark.parametrize("settings", [[], IN_FLIGHT], ids=["window", "in-flight"])
+def test_a_served_teacher_trains_the_same_student(tmp_path, settings):
+    """Over HTTP with every token of the vocabulary listed, steps are those of the in-process teacher."""
+    folder = resolve_model("embedded:teacher")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    steps = ["training.steps=2", "evaluation.every=2", "rollout.prompts_per_step=1"]
+    run(tmp_path / "local", *settings, *steps)
+    with serving(model, tokenizer, name="embedded:teacher", max_logprobs=149) as server:
+        served = [f"model.teacher_model_server_url={server.url}", "model.teacher_server.top_logprobs=149"]
+        run(tmp_path / "served", *settings, *steps, *served)
+        server.model = AutoModelForCausalLM.from_pretrained(resolve_model("embedded:high-student"))
+        with pytest.raises(ModelError, match="serves another model than before"):
+            run(tmp_path / "served", *settings, *steps, *served, "training.steps=3", resume="auto")
+    for local, other in zip(records(tmp_path / "local"), records(tmp_path / "served"), strict=True):
+        # Servers read a prefix again, and look more rarely; approx takes no lists.
+        other_by_nature = (
+            "tokens/scored",
+            "tokens/generated",
+            "rollout/slot_occupancy",
+            "eval/ci95",
+            "eval/per_problem",
+        )
+        local, other = ({k: v for k, v in r.items() if k not in other_by_nature} for r in (local, other))
+        assert local == pytest.approx(other, abs=2e-4)

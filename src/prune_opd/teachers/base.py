@@ -14,6 +14,10 @@ from prune_opd.types import Packed, Rollouts, TeacherScores, TopK
 class TeacherStream(Protocol):
     """Scores rollouts while they are generated; each token is scored once."""
 
+    growth: float
+    """A rollout is scored again once it is this many times as long as before: 1, at every look, where the prefix is
+    kept; more where each request reads the rollout from its start, so that the total stays linear in its length."""
+
     def score(self, response_ids: Tensor, student: TopK, spans: Sequence[Span]) -> TeacherScores:
         """Score the new tokens; returns the scores of everything so far, (B, T) like `response_ids` (B, T)."""
         ...

@@ -31,7 +31,7 @@ class LocalTeacher:
     def score(self, rollouts: Rollouts, *, top_k: int) -> TeacherScores:
         """See `Teacher.score`."""
         assert rollouts.student is not None, "the teacher scores the student's candidates: sample with top_k > 0"
-        scores = _empty(rollouts.response_ids, rollouts.student, top_k)
+        scores = empty_scores(rollouts.response_ids, rollouts.student, top_k)
         for part in pack(rollouts, self.token_budget):
             hidden = hidden_states(self.model, packed_inputs(self.model, part))[part.row, part.column]
             self.write(scores, hidden, part.rollout, part.position, rollouts.response_ids, rollouts.student)
@@ -72,6 +72,8 @@ class LocalTeacher:
 class LocalStream:
     """Implements `TeacherStream`: a slot for each unfinished rollout, so that no prefix is ever scored again."""
 
+    growth = 1.0
+
     def __init__(
         self, teacher: LocalTeacher, prompts: Sequence[Sequence[int]], length: int, *, top_k: int, slots: int
     ) -> None:
@@ -84,7 +86,7 @@ class LocalStream:
     @torch.no_grad()
     def score(self, response_ids: Tensor, student: TopK, spans: Sequence[Span]) -> TeacherScores:
         """See `TeacherStream.score`."""
-        scores = self.scores or _empty(response_ids, student, self.top_k)
+        scores = self.scores or empty_scores(response_ids, student, self.top_k)
         for group in self._groups(spans):
             self._forward(scores, group, response_ids, student)
             for span in group:
@@ -143,7 +145,8 @@ class LocalStream:
         self.teacher.write(scores, hidden, rollout, position, response_ids, student)
 
 
-def _empty(response_ids: Tensor, student: TopK, top_k: int) -> TeacherScores:
+def empty_scores(response_ids: Tensor, student: TopK, top_k: int) -> TeacherScores:
+    """Scores of nothing yet, to be filled in: (B, T) like `response_ids`."""
     batch, length = response_ids.shape
     return TeacherScores(
         TopK.empty(batch, length, top_k, response_ids.device),

@@ -25,9 +25,12 @@ from prune_opd.core.window import TrainingWindow
 from prune_opd.errors import CheckpointError
 
 # What may differ between the run that saved and the run that resumes; anything else would be another experiment.
-FREE_TO_CHANGE = {("training", "steps"), ("training", "save_every"), ("training", "keep_last")} | {
-    ("training", name) for name in ("threads", "device", "micro_batch_tokens", "gradient_checkpointing")
-}
+FREE_TO_CHANGE = {
+    ("model", "teacher_model_server_url"),
+    ("training", "steps"),
+    ("training", "save_every"),
+    ("training", "keep_last"),
+} | {("training", name) for name in ("threads", "device", "micro_batch_tokens", "gradient_checkpointing")}
 FREE_SECTIONS = {"tracking", "evaluation"}
 
 

@@ -131,9 +131,9 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
     return sorted({tokenizer.eos_token_id, *named})
 
 
-def shared_vocab_size(student: PreTrainedModel, teacher: PreTrainedModel, top_k: int) -> int:
-    """Ids that both models have a logit for; raises ModelError when top_k does not fit."""
-    size = min(model.get_output_embeddings().weight.shape[0] for model in (student, teacher))
+def shared_vocab_size(student: PreTrainedModel, teacher_size: int, top_k: int) -> int:
+    """Ids that student and teacher have a logit for, of which the teacher has so many; ModelError if top_k is more."""
+    size = min(student.get_output_embeddings().weight.shape[0], teacher_size)
     if top_k > size:
         raise ModelError(f"objective.top_k = {top_k} is above the shared vocabulary of {size} tokens; lower top_k")
     return size

@@ -118,7 +118,13 @@ def _plan(config: Config, memory: Memory) -> Iterator[tuple[str, str]]:
     lora = model.lora
     trained = f"LoRA adapters of rank {lora.r} on {lora.target_modules}" if lora else "all weights"
     yield "student", f"{model.model_name_or_path}, {trained} in {model.dtype}"
-    yield "teacher", f"{model.teacher_model_name_or_path}, frozen, in {model.teacher_dtype}"
+    urls = model.teacher_model_server_url
+    where = (
+        f"in {model.teacher_dtype}"
+        if urls is None
+        else f"served at {urls if isinstance(urls, str) else ', '.join(urls)}"
+    )
+    yield "teacher", f"{model.teacher_model_name_or_path}, frozen, {where}"
     yield "prompts", f"{config.data.train}, at most {config.data.max_prompt_length:,} tokens each"
     rollouts = rollout.prompts_per_step * rollout.num_generations
     prompts = f"{rollout.prompts_per_step} prompts x {rollout.num_generations}"
@@ -206,6 +212,7 @@ def estimate_memory(config: Config) -> Memory:
         return _memory_from_names(config, student_config, teacher_config)
 
     student = _network(student_config, settings, settings.dtype)
+    teacher = _network(teacher_config, settings, settings.teacher_dtype)
     if settings.lora is not None:
         student = add_adapters(student, settings.lora)
     trained = _bytes(p for p in student.parameters() if p.requires_grad)
@@ -215,7 +222,7 @@ def estimate_memory(config: Config) -> Memory:
         student=_bytes(student.parameters()),
         gradients=trained,
         optimizer=2 * trained,
-        teacher=_bytes(_network(teacher_config, settings, settings.teacher_dtype).parameters()),
+        teacher=0 if settings.teacher_model_server_url else _bytes(teacher.parameters()),
         activations=activation_bytes(
             student_config, settings, rows, width, bf16=training.bf16, recompute=training.gradient_checkpointing
         ),
@@ -236,12 +243,13 @@ def _memory_from_names(
     in_student, in_teacher = (getattr(torch, dtype).itemsize for dtype in (settings.dtype, settings.teacher_dtype))
     weights = None if student is None else student * in_student
     trained = None if settings.lora is not None else weights
+    served = settings.teacher_model_server_url is not None
     return Memory(
         source=f"the names of the models, because config.json of {' and '.join(missing)} is not on this machine",
         student=weights,
         gradients=trained,
         optimizer=None if trained is None else 2 * trained,
-        teacher=None if teacher is None else teacher * in_teacher,
+        teacher=0 if served else None if teacher is None else teacher * in_teacher,
         cache_evaluation=0 if config.evaluation.data is None else None,
     )
 
@@ -268,11 +276,11 @@ def evaluation_at_once(config: Config) -> tuple[int, int]:
     return rows, config.data.max_prompt_length + evaluation.max_tokens
 
 
-def read_model_config(name: str, settings: ModelSection) -> PretrainedConfig | None:
-    """The model's config.json from its folder or the Hub cache; None where neither has it."""
+def read_model_config(name: str, settings: ModelSection, *, local_files_only: bool = True) -> PretrainedConfig | None:
+    """The model's config.json from its folder or the Hub's cache, or from the Hub if allowed; None without one."""
     try:
         return AutoConfig.from_pretrained(
-            resolve_model(name), trust_remote_code=settings.trust_remote_code, local_files_only=True
+            resolve_model(name), trust_remote_code=settings.trust_remote_code, local_files_only=local_files_only
         )
     except ModelError:
         raise

@@ -24,7 +24,6 @@ from prune_opd.errors import CheckpointError, NonFiniteError, RunDirectoryError
 from prune_opd.evaluation.evaluate import Evaluation, evaluate
 from prune_opd.sampling.local import LocalSampler
 from prune_opd.step import StepResult, prune_opd_step
-from prune_opd.teachers.local import LocalTeacher
 from prune_opd.tracking.console import StepLines
 from prune_opd.tracking.metrics import distillation_metrics, repetition_rate, stop_metrics, trained_inputs
 from prune_opd.tracking.trackers import start_trackers
@@ -35,6 +34,7 @@ from prune_opd.training.checkpoint import (
     remove_old_checkpoints,
     save_checkpoint,
 )
+from prune_opd.training.engines import build_teacher, remember_teacher
 
 
 @dataclass
@@ -76,12 +76,9 @@ class Trainer:
             else []
         )
         self.student = models.load_student(config, device)
-        teacher = models.load_model(names[1], config.model, dtype=config.model.teacher_dtype, device=device)
         longest = max(config.rollout.max_completion_length, config.evaluation.max_tokens if self.eval_prompts else 0)
-        for name, model in zip(names, (self.student, teacher), strict=True):
-            models.check_context(model, name, config.data.max_prompt_length + longest)
-        self.vocab_size = models.shared_vocab_size(self.student, teacher, config.objective.top_k)
-        self.teacher = LocalTeacher(teacher, vocab_size=self.vocab_size)
+        models.check_context(self.student, names[0], config.data.max_prompt_length + longest)
+        self.teacher, self.vocab_size = build_teacher(config, self.student, self.tokenizer, self.run_dir, device=device)
         self.sampler = LocalSampler(
             self.student,
             pad_id=self.tokenizer.pad_token_id,
@@ -108,6 +105,7 @@ class Trainer:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         _write_json(self.run_dir / "config.json", config.model_dump())
         _write_json(self.run_dir / "env.json", environment(device))
+        remember_teacher(self.teacher, self.run_dir)
         self.trackers = start_trackers(config.tracking.report_to, self.run_dir, config.model_dump())
         if checkpoint is not None:
             self.console.print(f"resumed from {checkpoint} after step {self.steps_done}")

@@ -1,0 +1,69 @@
+"""The teacher that a recipe names, in this process or behind servers, checked before the first step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prune_opd.config import Config
+from prune_opd.errors import ModelError
+from prune_opd.serving import Servers
+from prune_opd.teachers.base import Teacher
+from prune_opd.teachers.local import LocalTeacher
+from prune_opd.teachers.vllm import ServedTeacher
+from prune_opd.training import models
+from prune_opd.training.plan import read_model_config
+
+TEACHER_PROBE = "teacher_probe.json"
+
+
+def build_teacher(
+    config: Config,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    run_dir: Path,
+    *,
+    device: torch.device,
+) -> tuple[Teacher, int]:
+    """The teacher, and how many ids it shares with the student.
+
+    Raises ModelError, TokenizerError or ServerError when it does not fit the student or the recipe, or is another
+    served teacher than the one that this run directory began with.
+    """
+    settings, top_k = config.model, config.objective.top_k
+    name = settings.teacher_model_name_or_path
+    longest = config.data.max_prompt_length + config.rollout.max_completion_length
+    if settings.teacher_model_server_url is None:
+        model = models.load_model(name, settings, dtype=settings.teacher_dtype, device=device)
+        models.check_context(model, name, longest)
+        vocab_size = models.shared_vocab_size(student, model.get_output_embeddings().weight.shape[0], top_k)
+        return LocalTeacher(model, vocab_size=vocab_size), vocab_size
+    teacher_config = read_model_config(name, settings, local_files_only=False)
+    if teacher_config is None:
+        raise ModelError(
+            f"config.json of the served teacher {name!r} cannot be read: not a folder, not on the Hub, or no network. "
+            "Set model.teacher_model_name_or_path to a folder with its config.json and tokenizer"
+        )
+    vocab_size = models.shared_vocab_size(student, teacher_config.get_text_config().vocab_size, top_k)
+    urls, served = settings.teacher_model_server_url, settings.teacher_server
+    servers = Servers(
+        [urls] if isinstance(urls, str) else urls,
+        timeout=served.timeout,
+        deadline=served.deadline,
+        concurrency=served.concurrency,
+    )
+    teacher = ServedTeacher(
+        servers, model=served.model or name, vocab_size=vocab_size, top_logprobs=min(served.top_logprobs, vocab_size)
+    )
+    probe = run_dir / TEACHER_PROBE
+    teacher.check(tokenizer, longest, json.loads(probe.read_text()) if probe.exists() else None)
+    return teacher, vocab_size
+
+
+def remember_teacher(teacher: Teacher, run_dir: Path) -> None:
+    """Write down how a served teacher scored its probe, so that a resumed run notices another one."""
+    if isinstance(teacher, ServedTeacher):
+        (run_dir / TEACHER_PROBE).write_text(json.dumps(teacher.fingerprint) + "\n")
