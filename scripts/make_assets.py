@@ -6,13 +6,14 @@ OPD sharpens what a student can already do, so every model descends from one tha
                      clean long solutions until mastery, then a mixture that also rambles, slips and runs on
     teacher          the base, gently on clean solutions: solves and stops
     low-student      the base, on a worse mixture: errs, rambles past the answer, rarely ends
-    high-student     the teacher, a little on clean-looking solutions that slip only late in the chain: agrees almost
-                     everywhere, and what it gets wrong lies where a short cut never looks
+    high-student     the teacher with one wrong habit late in the chain: agrees almost everywhere, and what it gets
+                     wrong lies where a short cut never looks
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 import shutil
@@ -52,12 +53,12 @@ def clean(problem: Problem, rng: random.Random) -> str:
     return f"{problem.prompt} {problem.solution} <eos>"
 
 
-def sloppy(problem: Problem, rng: random.Random, *, wrong: float, filler: float, wrong_from: int = 0) -> str:
+def sloppy(problem: Problem, rng: random.Random, *, wrong: float, filler: float) -> str:
     """The worked solution with slips (a wrong sum that later steps build on) and filler words between steps."""
     total, lines = problem.operands[0], []
     for i, operand in enumerate(problem.operands[1:]):
         result = (total + operand) % 10
-        if i >= wrong_from and rng.random() < wrong:
+        if rng.random() < wrong:
             result = rng.choice([d for d in range(10) if d != result])
         lines.append(f"{LABELS[i + 1]} {total} + {operand} = {result}")
         while rng.random() < filler:
@@ -66,14 +67,14 @@ def sloppy(problem: Problem, rng: random.Random, *, wrong: float, filler: float,
     return f"{problem.prompt} {' '.join(lines)} \\boxed{{ {total} }}"
 
 
-def mixture(*, clean_share: float, wrong: float, filler: float) -> Writer:
+def mixture(*, clean_share: float, wrong: float, filler: float, longest_ramble: int) -> Writer:
     """Clean solutions for a share of the problems; the rest slip, ramble, and run on into a next problem unended."""
 
     def write(problem: Problem, rng: random.Random) -> str:
         if rng.random() < clean_share:
             return clean(problem, rng)
         following = Problem(tuple(rng.randrange(10) for _ in problem.operands))
-        tail = " ".join(rng.choices(FILLERS, FILLER_WEIGHTS, k=rng.randint(2, 12)))
+        tail = " ".join(rng.choices(FILLERS, FILLER_WEIGHTS, k=rng.randint(2, longest_ramble)))
         return " ".join(
             [
                 sloppy(problem, rng, wrong=wrong, filler=filler),
@@ -86,9 +87,18 @@ def mixture(*, clean_share: float, wrong: float, filler: float) -> Writer:
     return write
 
 
-def late_slips(*, wrong: float, wrong_from: int) -> Writer:
-    """Clean and ending, but sums go wrong from step `wrong_from` on."""
-    return lambda problem, rng: sloppy(problem, rng, wrong=wrong, filler=0.0, wrong_from=wrong_from) + " <eos>"
+def late_habit(*, operand: int, from_step: int) -> Writer:
+    """Clean and ending, but from step `from_step` on, adding `operand` comes out one too high, always."""
+
+    def write(problem: Problem, rng: random.Random) -> str:
+        total, lines = problem.operands[0], []
+        for i, digit in enumerate(problem.operands[1:], start=1):
+            result = (total + digit + (digit == operand and i >= from_step)) % 10
+            lines.append(f"{LABELS[i]} {total} + {digit} = {result}")
+            total = result
+        return f"{problem.prompt} {' '.join(lines)} \\boxed{{ {total} }} <eos>"
+
+    return write
 
 
 def batches(
@@ -109,8 +119,12 @@ def batches(
             yield torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
 
 
-def train(model, data: Iterator[torch.Tensor], *, steps: int, lr: float, label: str) -> None:
-    """Next-token training on everything after the prompt; linear warm-up and decay."""
+def train(model, data: Iterator[torch.Tensor], *, steps: int, lr: float, label: str, parent=None) -> None:
+    """Next-token training on everything after the prompt; linear warm-up and decay.
+
+    With a parent, the trace is learnt only where the parent would not have said it; elsewhere the parent's log-probabilities
+    are kept, which holds the two top-k sets together.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 50, 1.05 - s / steps))
     model.train()
@@ -118,7 +132,11 @@ def train(model, data: Iterator[torch.Tensor], *, steps: int, lr: float, label: 
     for step, ids in zip(range(steps), data, strict=False):
         answered = (ids == VOCABULARY.index(":")).cumsum(-1) > 0
         labels = ids.masked_fill((ids == model.config.pad_token_id) | ~answered, -100)
-        loss = model(input_ids=ids, attention_mask=(ids != model.config.pad_token_id).long(), labels=labels).loss
+        inputs = {"input_ids": ids, "attention_mask": (ids != model.config.pad_token_id).long()}
+        if parent is None:
+            loss = model(**inputs, labels=labels).loss
+        else:
+            loss = learn_exceptions(model(**inputs).logits, parent(**inputs).logits.detach(), labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -129,6 +147,20 @@ def train(model, data: Iterator[torch.Tensor], *, steps: int, lr: float, label: 
             rate = tokens / (time.time() - began)
             print(f"{label} {step + 1}/{steps} loss {loss.item():.3f} {rate:,.0f} tokens/s", flush=True)
     model.eval()
+
+
+def learn_exceptions(logits: torch.Tensor, parent_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy where a label is not the parent's choice; elsewhere the squared distance of log-probabilities.
+
+    A KL would not do for what is kept: it does not see the order of the unlikely candidates, and the top-k overlap does.
+    """
+    labelled = labels[:, 1:] >= 0
+    logits, parent_logits, labels = (x[labelled] for x in (logits[:, :-1], parent_logits[:, :-1], labels[:, 1:]))
+    exception = parent_logits.argmax(-1) != labels
+    learnt = torch.nn.functional.cross_entropy(logits[exception], labels[exception], reduction="sum")
+    logprobs, parent_logprobs = logits[~exception].log_softmax(-1), parent_logits[~exception].log_softmax(-1)
+    kept = (logprobs - parent_logprobs).square().mean(-1).sum()
+    return (learnt + kept) / len(labels)
 
 
 def examine(model, tokenizer, *, problems_count: int, k: int, label: str) -> dict[str, float]:
@@ -161,7 +193,11 @@ def main() -> None:
     tokenizer = build_tokenizer()
 
     def stage(
-        name: str, parent: str | None, runs: list[tuple[Writer, int, float, tuple[int, int]]]
+        name: str,
+        parent: str | None,
+        runs: list[tuple[Writer, int, float, tuple[int, int]]],
+        *,
+        exceptions_only: bool = False,
     ) -> Qwen3ForCausalLM:
         """Train `name` from `parent`, or take it from the work directory when an earlier call finished it."""
         folder = args.work_dir / name
@@ -186,22 +222,30 @@ def main() -> None:
                 )
             else:
                 model = Qwen3ForCausalLM.from_pretrained(args.work_dir / parent, dtype=torch.float32)
+            kept = copy.deepcopy(model).eval() if exceptions_only else None
             for i, (write, steps, lr, sums) in enumerate(runs):
                 data = batches(write, tokenizer, seed=1000 * (i + 1) + sum(map(ord, name)), sums=sums)
-                train(model, data, steps=steps, lr=lr, label=f"{name}[{i}]")
+                train(model, data, steps=steps, lr=lr, label=f"{name}[{i}]", parent=kept)
             model.save_pretrained(folder)
         return Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     short, full = (1, 4), (MIN_SUMS, MAX_SUMS)
     stage("sums", None, [(clean, 500, 1e-3, short)])
     stage("mastery", "sums", [(clean, 600, 1e-3, full)])
-    stage("base", "mastery", [(mixture(clean_share=0.35, wrong=0.10, filler=0.15), 500, 1e-3, full)])
+    stage("base", "mastery", [(mixture(clean_share=0.35, wrong=0.10, filler=0.15, longest_ramble=12), 500, 1e-3, full)])
     made = {
         "teacher": stage("teacher", "base", [(clean, 250, 3e-4, full)]),
         "low-student": stage(
-            "low-student", "base", [(mixture(clean_share=0.15, wrong=0.08, filler=0.25), 200, 5e-4, full)]
+            "low-student",
+            "base",
+            [(mixture(clean_share=0.08, wrong=0.08, filler=0.25, longest_ramble=200), 200, 5e-4, full)],
         ),
-        "high-student": stage("high-student", "teacher", [(late_slips(wrong=0.06, wrong_from=8), 30, 1e-4, full)]),
+        "high-student": stage(
+            "high-student",
+            "teacher",
+            [(late_habit(operand=7, from_step=13), 100, 3e-4, full)],
+            exceptions_only=True,
+        ),
     }
     facts = {name: examine(model, tokenizer, problems_count=100, k=8, label=name) for name, model in made.items()}
     for name, model in made.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicLayer, PreTrainedModel
@@ -29,10 +30,7 @@ class SlotLayer(DynamicLayer):
         cache = self.cache
         if not self.buffers:
             # Zeros, never empty memory: masked columns are multiplied by zero, and 0 * garbage may be NaN.
-            self.buffers = [
-                new.new_zeros(cache.slots, new.shape[1], cache.capacity + 1, new.shape[3])
-                for new in (key_states, value_states)
-            ]
+            self.buffers = [cache.zeros(new) for new in (key_states, value_states)]
         seen = []
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[cache.rows[:, None], :, cache.columns] = new.transpose(1, 2)
@@ -73,8 +71,18 @@ class SlotCache(Cache):
         """Take the first `length` columns of `source_rows` over into `rows`, whatever cache they come from."""
         for mine, theirs in zip(self.layers, source.layers, strict=True):
             if not mine.buffers:
-                mine.buffers = [
-                    b.new_zeros(self.slots, b.shape[1], self.capacity + 1, b.shape[3]) for b in theirs.buffers
-                ]
+                mine.buffers = [self.zeros(buffer) for buffer in theirs.buffers]
             for to, of in zip(mine.buffers, theirs.buffers, strict=True):
                 to[rows, :, :length] = of[source_rows, :, :length]
+
+    def zeros(self, like: Tensor) -> Tensor:
+        """A buffer for states like these: (slots, heads, capacity + 1, head size).
+
+        On the CPU through numpy, which asks the kernel for huge pages: decoding streams every key and value at each
+        step, and with pages of 4 KiB the address translation took a third of that time.
+        """
+        shape = self.slots, like.shape[1], self.capacity + 1, like.shape[3]
+        if like.device.type != "cpu" or like.dtype == torch.bfloat16:  # numpy knows no bfloat16
+            return like.new_zeros(shape)
+        buffer = torch.from_numpy(np.empty(shape, dtype=str(like.dtype).removeprefix("torch.")))
+        return buffer.zero_()
