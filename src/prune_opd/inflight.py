@@ -51,6 +51,11 @@ class InFlightStop:
             return {}
         with self.stopwatch.phase("teacher"):
             self.scores = self.stream.score(response_ids, student, spans)
+        with self.stopwatch.phase("drift"):
+            return self._stops(response_ids, student, spans)
+
+    def _stops(self, response_ids: Tensor, student: TopK, spans: Sequence[Span]) -> Mapping[int, int]:
+        assert self.scores is not None
         # The last tokens before the chunk come along: a loop shows only against them.
         repetition = self.pruning.repetition
         context = repetition.min_run - 1 + repetition.max_period if repetition.enable else 0
