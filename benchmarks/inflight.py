@@ -85,8 +85,10 @@ def summary_of(samples: dict[str, list[dict[str, float]]], chunk: int, rollouts:
         "reading": median_of(lambda r: r[1]["time/total"] / r[0]["time/total"]),
         "saved": median_of(lambda r: 1 - r[2]["time/total"] / r[0]["time/total"]),
         "teacher": median_of(
-            lambda r: r[2]["tokens/scored"]
-            / (r[2]["tokens/trained"] + chunk * rollouts * r[2]["completions/stopped_by_drift"])
+            lambda r: (
+                r[2]["tokens/scored"]
+                / (r[2]["tokens/trained"] + chunk * rollouts * r[2]["completions/stopped_by_drift"])
+            )
         ),
     }
 

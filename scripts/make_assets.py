@@ -122,8 +122,8 @@ def batches(
 def train(model, data: Iterator[torch.Tensor], *, steps: int, lr: float, label: str, parent=None) -> None:
     """Next-token training on everything after the prompt; linear warm-up and decay.
 
-    With a parent, the trace is learnt only where the parent would not have said it; elsewhere the parent's log-probabilities
-    are kept, which holds the two top-k sets together.
+    With a parent, the trace is learnt only where the parent would not have said it; elsewhere the parent's
+    log-probabilities are kept, which holds the two top-k sets together.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 50, 1.05 - s / steps))
@@ -152,7 +152,7 @@ def train(model, data: Iterator[torch.Tensor], *, steps: int, lr: float, label: 
 def learn_exceptions(logits: torch.Tensor, parent_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy where a label is not the parent's choice; elsewhere the squared distance of log-probabilities.
 
-    A KL would not do for what is kept: it does not see the order of the unlikely candidates, and the top-k overlap does.
+    A KL would not do for what is kept: it does not see the order of unlikely candidates, and top-k overlap does.
     """
     labelled = labels[:, 1:] >= 0
     logits, parent_logits, labels = (x[labelled] for x in (logits[:, :-1], parent_logits[:, :-1], labels[:, 1:]))

@@ -28,6 +28,7 @@ Recipe = Annotated[Path, typer.Argument(help="A recipe (TOML), for example recip
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but warnings and errors.")]
 OutputDir = Annotated[Path | None, typer.Option(help="Run directory; must be new. Default: runs/RECIPE-TIME.")]
 
 
@@ -48,25 +49,38 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and the memory estimate; load no model.")
     ] = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="REPO", help="Upload the final checkpoint there; REPO is made, private, if it is new."),
+    ] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Train the student of RECIPE."""
+    console.quiet = quiet
     config = load_config(recipe, set_ or ())
     if dry_run:
         from prune_opd.training.plan import describe_plan
 
         console.print(describe_plan(config), markup=False, highlight=False, soft_wrap=True)
         return
+    from prune_opd.report.model_card import check_repo, push
+    from prune_opd.report.report import write_report
+    from prune_opd.training.checkpoint import latest_checkpoint
     from prune_opd.training.trainer import Trainer
 
     if output_dir is None and resume not in ("auto", "never"):
         output_dir = Path(resume).resolve().parents[1]
     trainer = Trainer(config, output_dir or default_output_dir(recipe.stem), resume=resume, console=console)
+    if push_to_hub:
+        check_repo(push_to_hub)
     totals = trainer.train()
-    console.print(
+    _say(
         f"trained in {totals.train_seconds:.0f} s on {totals.student_tokens:,} tokens; evaluation took "
-        f"{totals.eval_seconds:.0f} s. Run directory: {trainer.run_dir}",
-        highlight=False,
+        f"{totals.eval_seconds:.0f} s. Run directory: {trainer.run_dir}"
     )
+    _say(f"report: {write_report([trainer.run_dir])}")
+    if push_to_hub and (checkpoint := latest_checkpoint(trainer.run_dir / "checkpoints")):
+        _say(f"uploaded {checkpoint} to {push(checkpoint, push_to_hub)}")
 
 
 @app.command(
@@ -81,18 +95,23 @@ def compare(
     first_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
     set_: Settings = None,
     output_dir: OutputDir = None,
+    quiet: Quiet = False,
 ) -> None:
     """Train several arms of RECIPE with the same seeds and compare accuracy and cost."""
+    console.quiet = quiet
     config = load_config(recipe, set_ or ())
+    from prune_opd.report.report import write_report
     from prune_opd.training.compare import compare as run_comparison
 
+    output_dir = output_dir or default_output_dir(recipe.stem)
     run_comparison(
         config,
         arms=[arm.strip() for arm in arms.split(",") if arm.strip()],
         seeds=range(first_seed, first_seed + seeds),
-        output_dir=output_dir or default_output_dir(recipe.stem),
+        output_dir=output_dir,
         console=console,
     )
+    _say(f"report: {write_report([output_dir])}")
 
 
 @app.command(
@@ -131,8 +150,10 @@ def evaluate(
         Path | None,
         typer.Option(help="Must be new; for eval.json and responses.jsonl. Default: runs/eval-MODEL-TIME."),
     ] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Measure a model on a benchmark: Avg@k and pass@k with 95% intervals."""
+    console.quiet = quiet
     from prune_opd.evaluation.run import evaluate_model
 
     evaluate_model(
@@ -151,6 +172,30 @@ def evaluate(
         slots=slots,
         seed=seed,
     )
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "prune-opd report runs/mine\n\n"
+    "prune-opd report runs/comparison --output comparison.html\n\n"
+    "prune-opd report runs/opd runs/prune-0.6 runs/prune-0.7"
+)
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run directories, or output directories of compare.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="The file to write. Default: report.html in RUN; of several, in this folder.")
+    ] = None,
+) -> None:
+    """Write runs, or a comparison, as one HTML page that opens anywhere. A run that still goes on is fine."""
+    from prune_opd.report.report import write_report
+
+    _say(f"report: {write_report(runs, output)}")
+
+
+def _say(text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)  # a path stays in one piece
 
 
 def default_output_dir(name: str) -> Path:

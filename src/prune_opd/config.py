@@ -190,6 +190,8 @@ class TrackingSection(Section):
 
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field([], description="Trackers to write to as well.")
     rollouts_per_step: int = Field(2, ge=0, description="Rollouts written to rollouts.jsonl at each step.")
+    rollout_tokens: int = Field(512, ge=0, description="Their first tokens, which get weights and candidates.")
+    rollout_candidates: PositiveInt = Field(5, description="Top candidates of each model written for such a token.")
 
 
 class Config(Section):

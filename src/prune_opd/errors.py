@@ -45,3 +45,11 @@ class NonFiniteError(PruneOPDError, ArithmeticError):
 
 class ServerError(PruneOPDError, ConnectionError):
     """An inference server cannot be reached, refuses, or answers what nothing may be trained on."""
+
+
+class RunLogError(PruneOPDError, ValueError):
+    """The logs of a run are missing or cannot be read."""
+
+
+class HubError(PruneOPDError, OSError):
+    """A model cannot be pushed to the Hub."""

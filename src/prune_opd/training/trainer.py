@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import random
+import shlex
+import sys
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
 from prune_opd.config import Config
 from prune_opd.core.overlap import shared_candidates
@@ -22,10 +25,13 @@ from prune_opd.core.window import TrainingWindow
 from prune_opd.data.source import held_out_prompts, training_prompts
 from prune_opd.errors import CheckpointError, NonFiniteError, RunDirectoryError
 from prune_opd.evaluation.evaluate import Evaluation, evaluate
+from prune_opd.report.logs import read_lines
+from prune_opd.report.model_card import model_card
 from prune_opd.sampling.local import LocalSampler
 from prune_opd.step import StepResult, prune_opd_step
-from prune_opd.tracking.console import StepLines
+from prune_opd.tracking.console import step_view
 from prune_opd.tracking.metrics import distillation_metrics, repetition_rate, stop_metrics, trained_inputs
+from prune_opd.tracking.rollouts import rollout_record
 from prune_opd.tracking.trackers import start_trackers
 from prune_opd.training import models
 from prune_opd.training.checkpoint import (
@@ -61,6 +67,7 @@ class Trainer:
         self.config, self.console = config, console or Console()
         self.run_dir = Path(output_dir)
         checkpoint = self._find_checkpoint(resume)
+        disable_progress_bar()  # of transformers, which would draw over ours
 
         if config.training.threads:
             torch.set_num_threads(config.training.threads)
@@ -114,18 +121,18 @@ class Trainer:
         """Run the remaining steps; returns the totals of the whole run."""
         training, evaluation = self.config.training, self.config.evaluation
         self._show_example()
-        lines = StepLines(self.console)
         if self.eval_prompts and self.steps_done == 0:
             self._log({"step": 0, **self._evaluate(0)})
-        for step in range(self.steps_done, training.steps):
-            done, last = step + 1, step + 1 == training.steps
-            record = self._step(step)
-            lines.show(record)
-            if self.eval_prompts and (last or done % evaluation.every == 0):
-                record |= self._evaluate(done)
-            self._log(record)
-            if last or done % training.save_every == 0:
-                self._save(done)
+        with step_view(self.console, self._logged_steps()) as show:
+            for step in range(self.steps_done, training.steps):
+                done, last = step + 1, step + 1 == training.steps
+                record = self._step(step)
+                show(record)
+                if self.eval_prompts and (last or done % evaluation.every == 0):
+                    record |= self._evaluate(done)
+                self._log(record)
+                if last or done % training.save_every == 0:
+                    self._save(done)
         return self.totals
 
     def _step(self, step: int) -> dict[str, Any]:
@@ -191,7 +198,7 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         folder = self.run_dir / "checkpoints"
-        save_checkpoint(
+        saved = save_checkpoint(
             folder,
             step=step,
             model=self.student,
@@ -202,6 +209,9 @@ class Trainer:
             totals=vars(self.totals),
             config=self.config,
         )
+        card = model_card(self.run_dir)
+        card.save(saved / "README.md")
+        card.save(self.run_dir / "README.md")
         remove_old_checkpoints(folder, self.config.training.keep_last)
 
     def _find_checkpoint(self, resume: str) -> Path | None:
@@ -251,22 +261,17 @@ class Trainer:
                 "shared": [
                     bytes(row[:n]).hex() for row, n in zip(shared.tolist(), rollouts.lengths.tolist(), strict=True)
                 ],
+                "weight_by_position": _mean_by_position(result.weight, rollouts.response_mask),
             },
         )
         for i in range(min(self.config.tracking.rollouts_per_step, len(rollouts.lengths))):
             prompt = prompts[i // self.config.rollout.num_generations]
-            _append_json(
-                self.run_dir / "rollouts.jsonl",
-                {
-                    "step": step,
-                    "prompt": prompt.text,
-                    "answer": prompt.answer,
-                    "response": self.tokenizer.decode(rollouts.response_ids[i, : rollouts.lengths[i]]),
-                    "finished": bool(rollouts.finished[i]),
-                    "effective_length": int(drift.effective_length[i]),
-                    "onset": int(drift.onset[i]),
-                },
-            )
+            record = rollout_record(result, i, prompt, shared, self.tokenizer, self.config.tracking)
+            _append_json(self.run_dir / "rollouts.jsonl", {"step": step, **record})
+
+    def _logged_steps(self) -> list[dict[str, Any]]:
+        path = self.run_dir / "metrics.jsonl"
+        return [record for record in read_lines(path) if record["step"] > 0] if path.is_file() else []
 
     def _log(self, record: dict[str, Any]) -> None:
         _append_json(self.run_dir / "metrics.jsonl", record)
@@ -357,13 +362,21 @@ def seed_everything(seed: int) -> None:
 def environment(device: torch.device) -> dict[str, Any]:
     """What a number depends on besides the recipe."""
     return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": str(device),
-        **{name: version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")},
+        **{name: version(name) for name in ("prune-opd", "torch", "transformers", "tokenizers", "safetensors")},
     }
+
+
+def _mean_by_position(values: torch.Tensor, mask: torch.Tensor) -> list[float]:
+    """Mean over the rollouts that reach each position; values, mask (B, T)."""
+    reached = mask.sum(0)
+    means = values.double().masked_fill(~mask, 0).sum(0)[reached > 0] / reached[reached > 0]
+    return [round(mean, 4) for mean in means.tolist()]
 
 
 def _append_json(path: Path, record: dict[str, Any]) -> None:

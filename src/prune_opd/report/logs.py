@@ -1,0 +1,125 @@
+"""What run directories hold, read back: for the report and the model card. Loads no model and changes nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prune_opd.errors import RunLogError
+
+# A token of the Hub, or user:password in an address, wherever someone may have put it; and settings named like one.
+SECRET = re.compile(r"hf_[A-Za-z0-9]{8,}|(?<=://)[^/@\s]+(?=@)")
+SECRET_NAME = re.compile(r"(api_key|token|secret|password)$")
+
+PHASES = {"rollout": "tokens/generated", "teacher": "tokens/scored", "update": "tokens/trained"}
+"""Where a step's time goes (`time/NAME`), and the tokens that each part handled."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory. steps: metrics of the training steps so far · evaluations: records with `eval/accuracy`,
+    step 0 being before training · config, env: without secrets · name: unique within a report · arm: what the run is
+    compared as.
+    """
+
+    path: Path
+    name: str
+    arm: str
+    seed: int
+    config: dict[str, Any]
+    env: dict[str, Any]
+    steps: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+
+    @property
+    def planned(self) -> int:
+        """Steps that the recipe asks for."""
+        return self.config["training"]["steps"]
+
+    def total(self, key: str) -> float:
+        """Sum of a metric over the steps so far; 0 where a step did not log it."""
+        return sum(step.get(key, 0) for step in self.steps)
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """The runs of each path: a run directory, or the output directory of `compare` with one of them per arm and seed.
+
+    Raises RunLogError where there is none, or a log cannot be read.
+    """
+    runs: list[Run] = []
+    for path in paths:
+        found = [path] if (path / "config.json").is_file() else sorted(p.parent for p in path.glob("*/config.json"))
+        if not found:
+            raise RunLogError(
+                f"{path} holds no run: expected a run directory, with config.json and metrics.jsonl, or the output "
+                "directory of `prune-opd compare`"
+            )
+        order = _arms_in_order(path)
+        of_path = [_read_run(folder, order) for folder in found]
+        ranks = list(order.values())
+        runs += sorted(of_path, key=lambda r: (ranks.index(r.arm) if r.arm in ranks else len(ranks), r.arm, r.seed))
+    names = [run.name for run in runs]
+    for name in set(names):
+        if names.count(name) > 1:
+            raise RunLogError(f"two runs are called {name}; give each once, or rename a directory")
+    return runs
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON Lines file that may still be written: a last line without its end is left out."""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                return
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise RunLogError(f"{path}, line {number} is no JSON ({error}); restore or remove that line") from None
+
+
+def without_secrets(value: Any, name: str = "") -> Any:
+    """Settings with every text that is, or holds, a secret blotted out; they are about to be shown to others."""
+    if isinstance(value, dict):
+        return {key: without_secrets(inner, key) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_secrets(inner, name) for inner in value]
+    if isinstance(value, str):
+        return "…" if SECRET_NAME.search(name) else SECRET.sub("…", value)
+    return value
+
+
+def _read_run(path: Path, arm_names: dict[str, str]) -> Run:
+    path = path.resolve()
+    found = re.fullmatch(r"(.+)-seed\d+", path.name)
+    arm = found[1] if found else path.name
+    config = without_secrets(_read_json(path / "config.json"))
+    lines = list(read_lines(path / "metrics.jsonl")) if (path / "metrics.jsonl").is_file() else []
+    return Run(
+        path=path,
+        name=path.name,
+        arm=arm_names.get(arm, arm),
+        seed=config["training"]["seed"],
+        config=config,
+        env=without_secrets(_read_json(path / "env.json")) if (path / "env.json").is_file() else {},
+        steps=[line for line in lines if line["step"] > 0],
+        evaluations=[line for line in lines if "eval/accuracy" in line],
+    )
+
+
+def _arms_in_order(path: Path) -> dict[str, str]:
+    """Arms of a comparison as it names them, by the name that their directories have."""
+    if not (path / "compare.json").is_file():
+        return {}
+    arms = [arm["arm"] for arm in _read_json(path / "compare.json")["arms"]]
+    return {arm.replace(":", "-"): arm for arm in arms}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunLogError(f"{path} cannot be read ({error}); restore it from the run that wrote it") from None

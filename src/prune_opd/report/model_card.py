@@ -1,0 +1,156 @@
+"""The model card of a run: what a reader of the weights must know, from the run's own logs."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from prune_opd.errors import HubError
+from prune_opd.report.logs import PHASES, Run, read_runs
+from prune_opd.report.report import duration, percent
+
+TRAINING_STATE = ["optimizer.pt", "trainer_state.json"]  # of a checkpoint; nobody who loads the model needs it
+
+
+def model_card(run_dir: Path) -> ModelCard:
+    """The card of a run directory as it stands. Needs its config.json and metrics.jsonl.
+
+    Base model and data set become metadata where they are Hub ids, which a folder or `embedded:` is not. Secrets are
+    blotted out (report/logs.py). Raises RunLogError.
+    """
+    (run,) = read_runs([run_dir])
+    config = run.config
+    steps, evaluations = run.steps, run.evaluations
+    model, data, rollout, training = (config[name] for name in ("model", "data", "rollout", "training"))
+    student, teacher = model["model_name_or_path"], model["teacher_model_name_or_path"]
+    name = f"{student.rstrip('/').split('/')[-1].removeprefix('embedded:')}-prune-opd"
+    saved, made = (sum(record[f"tokens/{key}"] for record in steps) for key in ("saved", "generated"))
+    card = ModelCard.from_template(
+        card_data=_metadata(run, name),
+        template_str=(files("prune_opd.report") / "templates" / "model_card.md.j2").read_text("utf-8"),
+        title=name,
+        student=_named(student),
+        teacher=_named(teacher),
+        done=len(steps),
+        planned=run.planned,
+        pruning=config["pruning"],
+        data=f"{_named(data['train'])}, {rollout['prompts_per_step']} prompts × {rollout['num_generations']} rollouts "
+        "a step",
+        trained=f"LoRA adapters of rank {model['lora']['r']}" if model["lora"] else "all weights",
+        rollouts=f"at most {rollout['max_completion_length']:,} tokens, temperature {rollout['temperature']:g}, "
+        f"top-p {rollout['top_p']:g}",
+        objective=f"{config['objective']['loss']}, top-{config['objective']['top_k']}"
+        + (f", γ = {config['pruning']['threshold']:g}" if config["pruning"]["enable"] else ""),
+        optimiser=f"AdamW at {training['learning_rate']:g}, {training['lr_scheduler_type']}",
+        seed=run.seed,
+        scores=[
+            {
+                "step": e["step"],
+                "accuracy": percent(e["eval/accuracy"]),
+                "interval": " – ".join(percent(bound) for bound in e["eval/ci95"]),
+                "length": f"{e['eval/mean_length']:,.0f} tokens",
+                "ended": percent(e["eval/eos_rate"]),
+            }
+            for e in evaluations
+        ],
+        evaluation=_evaluation(config["evaluation"]),
+        cost=[
+            (phase, duration(sum(r.get(f"time/{phase}", 0) for r in steps)), f"{sum(r[key] for r in steps):,}")
+            for phase, key in PHASES.items()
+        ]
+        + [("all of training", duration(sum(r["time/total"] for r in steps)), "")],
+        saved=f"At most {saved / max(saved + made, 1):.0%} of the tokens were not generated ({saved:,} of "
+        f"{saved + made:,}).",
+        command=run.env.get("command"),
+        versions=", ".join(f"{key} {value}" for key, value in run.env.items() if key != "command"),
+        settings=json.dumps(config, indent=1, ensure_ascii=False),
+    )
+    return card
+
+
+def check_repo(repo: str) -> None:
+    """Make sure that `repo` can be pushed to before hours are spent: it is created, private, unless it exists.
+
+    Raises HubError: no name of a repository, nobody is logged in, or the Hub refuses.
+    """
+    try:
+        validate_repo_id(repo)
+        api = HfApi()
+        api.whoami()
+        api.create_repo(repo, private=True, exist_ok=True)
+    except HFValidationError as error:
+        raise HubError(f"--push-to-hub {repo!r} is no name of a repository: {error}; give OWNER/NAME") from None
+    except LocalTokenNotFoundError:
+        raise HubError("--push-to-hub needs someone who is logged in; run `hf auth login`, or set HF_TOKEN") from None
+    except (HfHubHTTPError, OSError) as error:
+        raise HubError(
+            f"--push-to-hub {repo}: the Hub refused or cannot be reached ({error}); nothing was trained"
+        ) from None
+
+
+def push(checkpoint: Path, repo: str) -> str:
+    """Upload a checkpoint with its card, without the training state, and return its address. Raises HubError."""
+    try:
+        HfApi().upload_folder(
+            repo_id=repo, folder_path=checkpoint, ignore_patterns=TRAINING_STATE, commit_message="Upload by prune-opd"
+        )
+    except (HfHubHTTPError, OSError) as error:
+        raise HubError(
+            f"{checkpoint} could not be uploaded to {repo} ({error}); it is whole on disk: "
+            f"`hf upload {repo} {checkpoint} --exclude {' '.join(TRAINING_STATE)}`"
+        ) from error
+    return f"{HfApi().endpoint}/{repo}"
+
+
+def _metadata(run: Run, name: str) -> ModelCardData:
+    model, data, settings = run.config["model"], run.config["data"]["train"], run.config["evaluation"]
+    last = run.evaluations[-1] if run.evaluations else None
+    results = (
+        [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=settings["data"] if _is_hub_id(settings["data"]) else "held-out",
+                dataset_name=f"{settings['data']}, {len(last['eval/per_problem'])} problems",
+                metric_type="accuracy",
+                metric_name=f"Avg@{settings['k']} after step {last['step']} of {run.planned}",
+                metric_value=last["eval/accuracy"],
+            )
+        ]
+        if last
+        else None
+    )
+    return ModelCardData(
+        base_model=model["model_name_or_path"] if _is_hub_id(model["model_name_or_path"]) else None,
+        datasets=data if _is_hub_id(data) else None,
+        library_name="peft" if model["lora"] else "transformers",
+        pipeline_tag="text-generation",
+        tags=["prune-opd", "on-policy-distillation"],
+        model_name=name if results else None,
+        eval_results=results,
+    )
+
+
+def _evaluation(settings: dict[str, Any]) -> str:
+    if settings["data"] is None:
+        return ""
+    return (
+        f"Avg@{settings['k']} on held-out problems of {_named(settings['data'])}, temperature "
+        f"{settings['temperature']:g}, top-p {settings['top_p']:g}, at most {settings['max_tokens']:,} tokens."
+    )
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether a name can be OWNER/NAME on the Hub, and is no folder here."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".") and not Path(name).exists()
+
+
+def _named(name: str) -> str:
+    """A name as Markdown: a link where the Hub has it, else code that nothing in it can end."""
+    return f"[{name}](https://huggingface.co/{name})" if _is_hub_id(name) else "`" + re.sub(r"[`|\s]+", " ", name) + "`"
