@@ -176,6 +176,18 @@ def test_warm_up_must_leave_steps():
         config(**{"training.steps": 5, "training.warmup_steps": 5})
 
 
+def test_a_reward_needs_siblings_to_compare_with():
+    with pytest.raises(ConfigError, match=r"needs rollout.num_generations >= 2, got 1"):
+        config(**{"reward.function": "grade", "rollout.num_generations": 1})
+
+
+@pytest.mark.parametrize("name", ["grad", "package.module", "package/module.py:f", "a:b:c", "a: b", ""])
+def test_a_reward_is_an_import_path(name):
+    with pytest.raises(ConfigError, match=r"is no import path; write package.module:name, or grade"):
+        config(**{"reward.function": name})
+    assert config(**{"reward.function": "package.module:name"}).reward.function == "package.module:name"
+
+
 # ---- files ----
 
 
@@ -290,6 +302,16 @@ def test_an_override_keeps_its_neighbours(write):
         ("[objective]\nloss = 'jsd'\ntop_k_strategy = 'union'\n", ["objective.top_k_strategy"]),
         ("[objective]\njsd_beta = 0.1\n", ["objective.jsd_beta"]),
         ("[evaluation]\nk = 4\n", ["evaluation.k"]),
+        ("[reward]\nopd_kl_coef = 0.5\n", ["reward.opd_kl_coef"]),
+        ("[reward]\nfunction = 'grade'\nopd_kl_coef = 0.5\nafter_drift = 'task_only'\n", []),
+        (
+            "[reward]\nfunction = 'grade'\nafter_drift = 'task_only'\n[pruning]\nenable = false\n",
+            ["reward.after_drift"],
+        ),
+        (
+            "[reward]\nfunction = 'grade'\nafter_drift = 'task_only'\n[pruning.in_flight]\nenable = true\n",
+            ["reward.after_drift"],
+        ),
         ("[training]\nsteps = 5\n[evaluation]\ndata = 'd.jsonl'\nk = 4\n", []),
         ("[objective]\nloss = 'jsd'\njsd_beta = 0.1\n", []),
         ("[pruning]\nmetric = 'teacher_top_p_accept'\nteacher_top_p = 0.9\n", []),

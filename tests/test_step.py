@@ -52,7 +52,7 @@ def config_of(**settings):
         return parse_config(nested, where="test")
 
 
-def run_step(student=None, teacher=None, *, prompts=None, vocab_size=VOCAB, step=0, **settings):
+def run_step(student=None, teacher=None, *, prompts=None, vocab_size=VOCAB, step=0, reward=None, **settings):
     """(result, student before, student after with its gradients)"""
     config = config_of(**settings)
     before = student or tiny_model("qwen3", seed=3)
@@ -67,6 +67,7 @@ def run_step(student=None, teacher=None, *, prompts=None, vocab_size=VOCAB, step
         window=build_window(config),
         vocab_size=vocab_size,
         config=config,
+        reward=reward,
     )
     return result, before, student
 

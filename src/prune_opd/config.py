@@ -7,6 +7,7 @@ Field names of `pruning` are those of the paper's release; other names follow TR
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from prune_opd.core.choices import DriftMetric, LossName, Normalization, RewardWeightMode, TopKStrategy
+from prune_opd.core.choices import AfterDrift, DriftMetric, LossName, Normalization, RewardWeightMode, TopKStrategy
 from prune_opd.errors import ConfigError
 
 
@@ -96,6 +97,21 @@ class ObjectiveSection(Section):
     reward_weight_mode: RewardWeightMode = Field("student_p", description="Weight of a candidate's reward.")
     weight_normalization: Normalization = Field("token_mean", description="Divide by valid tokens or their weights.")
     jsd_beta: float = Field(0.5, gt=0, lt=1, description="Interpolation of the jsd loss.")
+
+
+class RewardSection(Section):
+    """A verifiable reward of the task, beside the teacher's signal: loss = task + opd_kl_coef · teacher."""
+
+    function: str | None = Field(
+        None, description="grade (1 where the response is right), or package.module:name; docs/rewards.md."
+    )
+    opd_kl_coef: float = Field(1.0, ge=0, description="Factor of the teacher's signal, as in slime; the task has 1.")
+    after_drift: AfterDrift = Field(
+        "both", description="Where reliability is gone: the teacher counts with w_base, or the task reward is alone."
+    )
+    mask_truncated_completions: bool = Field(
+        False, description="No task reward for rollouts that were cut before they ended; the teacher's signal stays."
+    )
 
 
 class DynamicResponseLengthSection(Section):
@@ -201,6 +217,7 @@ class Config(Section):
     data: DataSection = Field(description="Prompts.")
     rollout: RolloutSection = Field(default_factory=RolloutSection, description="Sampling.")
     objective: ObjectiveSection = Field(default_factory=ObjectiveSection, description="Loss.")
+    reward: RewardSection = Field(default_factory=RewardSection, description="The task's reward.")
     pruning: PruningSection = Field(default_factory=PruningSection, description="Drift and window.")
     training: TrainingSection = Field(default_factory=TrainingSection, description="Optimisation.")
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="Validation.")
@@ -215,6 +232,11 @@ class Config(Section):
     def stops_in_flight(self) -> bool:
         """Whether a rollout ends while it is generated."""
         return self.pruning.enable and self.pruning.in_flight.enable
+
+    @property
+    def teacher_ends_with_reliability(self) -> bool:
+        """Whether the teacher's signal is dropped where reliability is gone, so that the task reward goes on alone."""
+        return self.pruning.enable and self.reward.function is not None and self.reward.after_drift == "task_only"
 
     def with_settings(self, **changes: Any) -> Config:
         """A copy with dotted settings changed, checked again: ``with_settings(**{"training.seed": 1})``."""
@@ -283,6 +305,17 @@ def settings_without_effect(config: Config) -> Iterator[tuple[str, str]]:
     else:
         for name in written(config.model, "model", "teacher_dtype"):
             yield name, "the teacher is served; its server chose the type"
+    reward = config.reward
+    if reward.function is None:
+        for name in written(reward, "reward"):
+            if name != "reward.function":
+                yield name, "reward.function is not set, so there is no task reward"
+    elif reward.after_drift == "task_only":
+        for name in written(reward, "reward", "after_drift"):
+            if not pruning.enable:
+                yield name, "pruning.enable is false, so nothing drifts"
+            elif pruning.in_flight.enable:
+                yield name, "pruning.in_flight ends rollouts where their reliability does (audit rollouts apart)"
     if objective.loss != "topk_reverse_kl":
         for name in written(objective, "objective", "top_k_strategy", "reward_weight_mode"):
             yield name, f"loss is {objective.loss}"
@@ -326,6 +359,18 @@ def _check_conflicts(config: Config, where: str) -> None:
                 f"{where}: objective.loss = {objective.loss!r} needs the teacher's logits over the whole vocabulary, "
                 "which a server does not send; use topk_reverse_kl or sampled_token, or leave out "
                 "model.teacher_model_server_url"
+            )
+    function = config.reward.function
+    if function is not None:
+        if function != "grade" and not re.fullmatch(r"[\w.]+:[\w.]+", function):
+            raise ConfigError(
+                f"{where}: reward.function = {function!r} is no import path; write package.module:name, or grade for "
+                "the built-in graders"
+            )
+        if config.rollout.num_generations < 2:
+            raise ConfigError(
+                f"{where}: reward.function needs rollout.num_generations >= 2, got {config.rollout.num_generations}: a "
+                "rollout is compared with others of its prompt; raise it, or take the reward out"
             )
     if config.training.warmup_steps >= config.training.steps:
         raise ConfigError(

@@ -39,6 +39,10 @@ class RunDirectoryError(PruneOPDError, FileExistsError):
     """The run directory already exists; runs are never overwritten."""
 
 
+class RewardError(PruneOPDError, ValueError):
+    """A reward function raised, or returned something that is no finite number for each rollout."""
+
+
 class NonFiniteError(PruneOPDError, ArithmeticError):
     """The loss or a gradient became NaN or infinite; training stops before the weights are touched."""
 

@@ -17,12 +17,12 @@ Source: arXiv 2605.07804. Where we differ from it, and why:
   * Ids beyond the vocabulary that both models share (padded embedding rows) are cut from samples and normalisers.
   * M starts at 1024 in the default recipe; the paper gives 1024, 2048 and 6144 in different places.
   * Options beyond the paper, off by default: stopping in flight, the repetition guard, `weight_mean`, `overlap_mass`,
-    losses other than `topk_reverse_kl`.
+    losses other than `topk_reverse_kl`, a reward of the task beside the teacher's signal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,9 @@ from prune_opd.core.objective import (
     LossSums,
     candidates,
     forward_kl,
+    group_advantage,
     jsd,
+    policy_gradient,
     reverse_kl,
     sampled_token_loss,
     topk_reverse_kl,
@@ -58,7 +60,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class StepResult:
     """What one step did. events, weight (B, T) · audit (B,) bool · spent_at (B,) as in `DriftMonitor`, when in flight ·
-    loss per `weight_normalization`, in nats · packed_tokens: columns that the update fed, padding included.
+    rewards (B,) float64 of the task, NaN where it gave none; None without one · loss: teacher's per
+    `weight_normalization`, in nats, and the task's · packed_tokens: columns that the update fed, padding included.
     """
 
     rollouts: Rollouts
@@ -68,6 +71,7 @@ class StepResult:
     weight: Tensor
     audit: Tensor
     spent_at: Tensor | None
+    rewards: Tensor | None
     window: WindowChange | None
     loss: float
     grad_norm: float
@@ -86,8 +90,12 @@ def prune_opd_step(
     window: TrainingWindow | None,
     vocab_size: int,
     config: Config,
+    reward: Callable[[Rollouts], Tensor] | None = None,
 ) -> StepResult:
     """Sample, score, weigh, update, steer the window. `window` None: every response may use the whole budget.
+
+    reward: what the task says of each rollout, (B,) float64, NaN where nothing; `config.rollout.num_generations`
+    consecutive rollouts are one prompt's.
 
     Raises NonFiniteError before the weights are touched when the loss or the gradient is NaN or infinite.
     """
@@ -124,30 +132,46 @@ def prune_opd_step(
         events = drift_events(rollouts.response_ids, mask, rollouts.student, scores.topk, pruning)
         drift = drift_report(events, mask, w_drop=pruning.w_drop, w_base=pruning.w_base, eps=pruning.positive_eps)
         weight = drift.weight if pruning.enable else mask.float()
+        if config.teacher_ends_with_reliability:
+            weight = weight.masked_fill(drift.reliability <= pruning.positive_eps, 0)
 
-    # 4. The objective on the kept tokens. Gradients of loss sums add up, so the grouping into micro-batches is free.
+    # 4. A task that can check answers adds how much better a rollout was than the others of its prompt, on every token.
+    rewards = advantage = None
+    if reward is not None:
+        with watch.phase("reward"):
+            rewards = reward(rollouts)
+            of_rollout = group_advantage(rewards, config.rollout.num_generations).float().to(device)
+            advantage = of_rollout.unsqueeze(-1).expand(mask.shape)
+
+    # 5. The objective on the kept tokens. Gradients of loss sums add up, so the grouping into micro-batches is free.
     with watch.phase("update"):
-        denominator = float((mask if objective.weight_normalization == "token_mean" else weight).sum())
+        tokens = float(mask.sum())
+        denominator = tokens if objective.weight_normalization == "token_mean" else float(weight.sum()) or 1.0
         loss_sum, packed_tokens = 0.0, 0
         optimizer.zero_grad(set_to_none=True)
         for part in pack(rollouts, training.micro_batch_tokens):
             with torch.autocast(device.type, torch.bfloat16, enabled=training.bf16):
                 hidden = hidden_states(student, packed_inputs(student, part))[part.row, part.column]
-            sums = loss_sums(student, hidden, vocab_size, rollouts, scores, weight, part, teacher, objective)
-            if not torch.isfinite(sums.loss):
-                raise NonFiniteError(f"step {step}: the loss is {sums.loss.item()}; the weights were not updated")
-            (sums.loss / denominator).backward()
-            loss_sum += sums.loss.item()
+            of_teacher, of_task = loss_sums(
+                student, hidden, vocab_size, rollouts, scores, weight, advantage, part, teacher, objective
+            )
+            loss = config.reward.opd_kl_coef * of_teacher.loss / denominator
+            if of_task is not None:
+                loss = loss + of_task.loss / tokens
+            if not torch.isfinite(loss):
+                raise NonFiniteError(f"step {step}: the loss is {loss.item()}; the weights were not updated")
+            loss.backward()
+            loss_sum += loss.item()
             packed_tokens += part.input_ids.numel()
 
-        # 5. One optimiser step on the mean over the whole batch.
+        # 6. One optimiser step on the mean over the whole batch.
         parameters = [p for p in student.parameters() if p.grad is not None]
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
         if not torch.isfinite(grad_norm):
             raise NonFiniteError(f"step {step}: the gradient norm is {grad_norm.item()}; the weights were not updated")
         optimizer.step()
 
-    # 6. How far reliability reached decides how long the next responses may be.
+    # 7. How far reliability reached decides how long the next responses may be.
     change = window.update(drift.effective_length) if window else None
     return StepResult(
         rollouts=rollouts,
@@ -157,8 +181,9 @@ def prune_opd_step(
         weight=weight,
         audit=audit,
         spent_at=in_flight.monitor.spent_at if in_flight else None,
+        rewards=rewards,
         window=change,
-        loss=loss_sum / denominator,
+        loss=loss_sum,
         grad_norm=grad_norm.item(),
         packed_tokens=packed_tokens,
         seconds=dict(watch.seconds),
@@ -172,11 +197,13 @@ def loss_sums(
     rollouts: Rollouts,
     scores: TeacherScores,
     weight: Tensor,
+    advantage: Tensor | None,
     part: Packed,
     teacher: Teacher,
     objective: ObjectiveSection,
-) -> LossSums:
-    """The chosen objective's sums over the N kept tokens of a micro-batch, from hidden states (N, H) with gradient.
+) -> tuple[LossSums, LossSums | None]:
+    """Sums over the N kept tokens of a micro-batch, from hidden states (N, H) with gradient: the chosen objective's,
+    and, where there is an advantage (B, T), those of the policy gradient on the sampled tokens.
 
     Tensors of shape (N, ...) enter the objectives as (1, N, ...): one rollout of N tokens, all of them valid.
     """
@@ -184,6 +211,7 @@ def loss_sums(
     assert rollouts.student is not None
     head = output_head(student)
     mask, weights = torch.ones_like(part.rollout, dtype=torch.bool)[None], weight[where][None]
+    sampled = rollouts.response_ids[where].unsqueeze(-1)
     match objective.loss:
         case "topk_reverse_kl":
             student_ids, teacher_ids = rollouts.student.ids[where][None], scores.topk.ids[where][None]
@@ -195,22 +223,29 @@ def loss_sums(
                 "only_tch": at_teacher_ids,
                 "union": torch.cat([at_student_ids, at_teacher_ids], dim=-1),
             }[objective.top_k_strategy]
-            logprobs = candidate_logprobs(hidden, head, ids[0], vocab_size=vocab_size)
-            return topk_reverse_kl(
-                logprobs[None],
+            # The sampled token beside the candidates: the head goes over the vocabulary once for both.
+            asked = ids[0] if advantage is None else torch.cat([ids[0], sampled], dim=-1)
+            logprobs = candidate_logprobs(hidden, head, asked, vocab_size=vocab_size)
+            at_sampled = logprobs[:, -1:]
+            of_teacher = topk_reverse_kl(
+                logprobs[None, :, : ids.shape[-1]],
                 teacher_logprobs[None],
                 mask,
                 weights,
                 candidate_mask=counted,
                 reward_weight_mode=objective.reward_weight_mode,
-            )[1]
+            )
         case "sampled_token":
-            sampled = rollouts.response_ids[where].unsqueeze(-1)
-            logprobs = candidate_logprobs(hidden, head, sampled, vocab_size=vocab_size)
-            return sampled_token_loss(logprobs.T, scores.sampled_logprobs[where][None], mask, weights)[1]
+            at_sampled = candidate_logprobs(hidden, head, sampled, vocab_size=vocab_size)
+            of_teacher = sampled_token_loss(at_sampled.T, scores.sampled_logprobs[where][None], mask, weights)
         case "forward_kl" | "reverse_kl" | "jsd":
             logits, teacher_logits = head.logits(hidden)[None, :, :vocab_size], teacher.logits(part)[None]
+            at_sampled = logits[0].log_softmax(-1).gather(-1, sampled)
             if objective.loss == "jsd":
-                return jsd(logits, teacher_logits, mask, weights, beta=objective.jsd_beta)[1]
-            divergence = forward_kl if objective.loss == "forward_kl" else reverse_kl
-            return divergence(logits, teacher_logits, mask, weights)[1]
+                of_teacher = jsd(logits, teacher_logits, mask, weights, beta=objective.jsd_beta)
+            else:
+                divergence = forward_kl if objective.loss == "forward_kl" else reverse_kl
+                of_teacher = divergence(logits, teacher_logits, mask, weights)
+    if advantage is None:
+        return of_teacher[1], None
+    return of_teacher[1], policy_gradient(at_sampled.T, advantage[where][None], mask)[1]

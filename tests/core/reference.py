@@ -203,3 +203,18 @@ def central_difference(function, x, step=1e-6) -> np.ndarray:
         out[index] = (above - function(x)) / (2 * step)
         x[index] = here
     return out
+
+
+def group_advantage(rewards, group_size):
+    """(r - mean) / (std + 1e-6) within each group, NaN rewards left out; plain Python."""
+    out = []
+    for start in range(0, len(rewards), group_size):
+        group = [float(r) for r in rewards[start : start + group_size]]
+        given = [r for r in group if not np.isnan(r)]
+        if len(set(given)) < 2:
+            out += [0.0] * group_size
+            continue
+        mean = sum(given) / len(given)
+        std = (sum((r - mean) ** 2 for r in given) / (len(given) - 1)) ** 0.5
+        out += [0.0 if np.isnan(r) else (r - mean) / (std + 1e-6) for r in group]
+    return np.array(out)

@@ -22,6 +22,7 @@ from prune_opd.errors import (
     RunDirectoryError,
     TokenizerError,
 )
+from prune_opd.evaluation.graders import grade
 from prune_opd.training import compare as compare_module
 from prune_opd.training.compare import arm_config, compare, spread
 from prune_opd.training.models import resolve_model
@@ -276,3 +277,57 @@ def test_a_served_teacher_trains_the_same_student(tmp_path, settings):
         )
         local, other = ({k: v for k, v in r.items() if k not in other_by_nature} for r in (local, other))
         assert local == pytest.approx(other, abs=2e-4)
+
+
+# ---- a reward of the task ----
+
+
+@pytest.mark.slow
+def test_a_run_with_the_built_in_grader_writes_its_rewards_and_resumes_exactly(tmp_path):
+    """embedded:high-student is right often enough that groups differ."""
+    settings = [
+        "model.model_name_or_path=embedded:high-student",
+        "reward.function=grade",
+        "rollout.max_completion_length=200",
+        "pruning.enable=false",
+        "training.steps=2",
+        "training.save_every=1",
+        "tracking.rollouts_per_step=4",
+    ]
+    with pytest.warns(UserWarning, match="pruning.enable is false"):
+        run(tmp_path / "whole", *settings)
+        run(tmp_path / "cut", *settings, "training.steps=1")
+        run(tmp_path / "cut", *settings, resume="auto")
+    steps = [row for row in records(tmp_path / "whole") if "reward/mean" in row]
+    texts = records(tmp_path / "whole", "rollouts.jsonl")
+    assert len(steps) == 2 and len(texts) == 8
+    for row in texts:
+        assert row["reward"] == grade(row["response"], row["answer"])
+    for step in steps:
+        of_step = [row["reward"] for row in texts if row["step"] == step["step"]]
+        assert step["reward/mean"] == pytest.approx(sum(of_step) / 4)
+    assert 0 < sum(row["reward"] for row in texts) < 8
+    assert records(tmp_path / "whole", "rollouts.jsonl") == records(tmp_path / "cut", "rollouts.jsonl")
+
+
+def test_rollouts_that_were_cut_may_be_left_out(tmp_path):
+    """The low student rarely ends within 16 tokens: its answers are cut, and then there is no reward."""
+    run(tmp_path / "run", "reward.function=grade", "reward.mask_truncated_completions=true", "training.steps=1")
+    (row,) = [row for row in records(tmp_path / "run") if "reward/missing" in row]
+    assert row["reward/missing"] == pytest.approx(1 - row["completions/eos_rate"]) and row["reward/missing"] > 0.5
+    texts = records(tmp_path / "run", "rollouts.jsonl")
+    assert [row["reward"] is None for row in texts] == [not row["finished"] for row in texts]
+
+
+def test_training_data_without_answers_cannot_be_graded(tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "Q a 1 b 2 :", "answer": "3"}\n{"prompt": "Q a 2 b 2 :", "answer": null}\n')
+    with pytest.raises(DataError, match="rows.jsonl:2.*no gold answer, which reward.function = 'grade' needs"):
+        run(tmp_path / "run", f"data.train={data}", "reward.function=grade")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_reward_function_is_found_before_the_first_step(tmp_path):
+    with pytest.raises(ConfigError, match="module nowhere cannot be imported"):
+        run(tmp_path / "run", "reward.function=nowhere:f")
+    assert not (tmp_path / "run").exists()

@@ -117,10 +117,48 @@ def sampled_token_loss(
     full reverse-KL gradient. Its expectation vanishes if A_t does not depend on y_t (a scalar KL per position, say):
     the advantage must be the sampled token's own. Source: Thinking Machines, "On-Policy Distillation" (2025).
     """
-    log_p = student_logprobs.masked_fill(~mask, 0)
+    log_p = student_logprobs.detach().masked_fill(~mask, 0)
     log_q = teacher_logprobs.detach().masked_fill(~mask, 0).clamp(min=LOGPROB_FLOOR)
-    advantage = log_q - log_p.detach()
-    return _aggregate(-advantage * (log_p - log_p.detach()).exp(), mask, weight, normalization)
+    return policy_gradient(student_logprobs, log_q - log_p, mask, weight, normalization=normalization)
+
+
+def policy_gradient(
+    student_logprobs: Float[Tensor, "B T"],
+    advantage: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    weight: Float[Tensor, "B T"] | None = None,
+    *,
+    normalization: Normalization = "token_mean",
+) -> tuple[Float[Tensor, ""], LossSums]:
+    """Policy gradient on the sampled token y_t: loss_t = -w_t A_t · p_θ(y_t) / stopgrad(p_θ(y_t)).
+
+    student_logprobs: log p(y_t), full vocabulary, with gradient. advantage: A_t, detached; positive makes y_t more
+    likely. Value: -w_t A_t. Gradient taken: -w_t A_t ∇ log p_θ(y_t). Source: Williams (1992), REINFORCE.
+    """
+    log_p = student_logprobs.masked_fill(~mask, 0)
+    ratio = (log_p - log_p.detach()).exp()
+    return _aggregate(-advantage.detach().masked_fill(~mask, 0) * ratio, mask, weight, normalization)
+
+
+def group_advantage(rewards: Float[Tensor, " B"], group_size: int) -> Float[Tensor, " B"]:
+    """How much better than its siblings a rollout was: A_i = (r_i - mean) / (std + 1e-6) within each group.
+
+    rewards: of whole rollouts; consecutive `group_size` ones answer the same prompt. NaN is no reward: such a rollout
+    takes no part, neither in its group's mean and standard deviation (the unbiased one) nor with an advantage. Exactly
+    zero where all rewards of a group are equal, or fewer than two are left: nothing tells its rollouts apart.
+    ValueError if B is no multiple of group_size. Source: GRPO (arXiv 2402.03300), in the form of slime.
+    """
+    if group_size < 1 or len(rewards) % group_size:
+        raise ValueError(f"{len(rewards)} rewards do not split into groups of {group_size}")
+    groups = rewards.unflatten(0, (-1, group_size))
+    counted = ~groups.isnan()
+    count = counted.sum(-1, keepdim=True)
+    mean = groups.masked_fill(~counted, 0).sum(-1, keepdim=True) / count.clamp(min=1)
+    distance = (groups - mean).masked_fill(~counted, 0)
+    std = (distance.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    # Compared, not by std = 0: the mean of three times 0.1 is not 0.1, and 1e-17 / 1e-6 would be an advantage.
+    least, most = groups.masked_fill(~counted, torch.inf).amin(-1), groups.masked_fill(~counted, -torch.inf).amax(-1)
+    return (distance / (std + 1e-6)).masked_fill((least >= most).unsqueeze(-1), 0).flatten()
 
 
 def forward_kl(

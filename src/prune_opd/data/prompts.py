@@ -45,6 +45,11 @@ class Prompt:
     source: str
     grader: Callable[[str], bool] | None = field(default=None, compare=False, repr=False)
 
+    @property
+    def is_gradable(self) -> bool:
+        """Whether there is a gold answer or a grader."""
+        return self.answer is not None or self.grader is not None
+
     def is_right(self, response: str) -> bool:
         """Whether `response` answers the prompt; DataError when there is nothing to grade it against."""
         if self.grader is not None:

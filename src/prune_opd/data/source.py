@@ -36,6 +36,15 @@ class DatasetSource:
     def __init__(self, prompts: Sequence[Prompt], *, seed: int, dropped_too_long: int) -> None:
         self.prompts, self.seed, self.dropped_too_long = prompts, seed, dropped_too_long
 
+    def check_gradable(self) -> None:
+        """DataError where a prompt has nothing to grade against: before the first step, not in the middle of a run."""
+        ungraded = next((p for p in self.prompts if not p.is_gradable), None)
+        if ungraded is not None:
+            raise DataError(
+                f"{ungraded.source}: no gold answer, which reward.function = 'grade' needs; name the column with "
+                "data.answer_column, remove the row, or name a reward function of your own"
+            )
+
     def batch(self, step: int, count: int) -> Sequence[Prompt]:
         """See `PromptSource.batch`; a step may straddle two epochs."""
         size = len(self.prompts)

@@ -62,7 +62,7 @@ def evaluate(
     far) is called after each go. responses_path: every answer goes there as one JSON line, as soon as it is graded.
     DataError when a prompt has nothing to grade against.
     """
-    ungraded = next((p for p in prompts if p.answer is None and p.grader is None), None)
+    ungraded = next((p for p in prompts if not p.is_gradable), None)
     if ungraded is not None or not prompts:
         where = ungraded.source if ungraded else "no problem to evaluate"
         raise DataError(
@@ -87,7 +87,7 @@ def evaluate(
             lengths[start:stop] = rollouts.lengths.reshape(-1, k).cpu()
             finished[start:stop] = rollouts.finished.reshape(-1, k).cpu()
             sample_seconds += time.perf_counter() - sampling_began
-            for row, text in enumerate(_texts(rollouts, tokenizer)):
+            for row, text in enumerate(response_texts(rollouts, tokenizer)):
                 problem, sample = start + row // k, row % k
                 prompt = prompts[problem]
                 right[problem, sample] = prompt.is_right(text)
@@ -136,7 +136,8 @@ def bootstrap_ci95(per_problem: Sequence[float] | np.ndarray, *, resamples: int 
     return float(low), float(high)
 
 
-def _texts(rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def response_texts(rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """The text of each rollout's kept tokens, special tokens left out: what is graded."""
     for ids, length in zip(rollouts.response_ids.tolist(), rollouts.lengths.tolist(), strict=True):
         yield tokenizer.decode(ids[:length], skip_special_tokens=True)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prune_opd.config import RepetitionSection
 from prune_opd.core.drift import repetition_events
-from prune_opd.core.objective import LOGPROB_FLOOR
+from prune_opd.core.objective import LOGPROB_FLOOR, group_advantage
 from prune_opd.core.overlap import overlap_mass, topk_overlap
 from prune_opd.types import Rollouts, TeacherScores
 
@@ -107,6 +107,23 @@ class Stopwatch:
             torch.accelerator.synchronize(self.device)
         inside = sum(self.seconds.values()) - inside_before
         self.seconds[name] += time.perf_counter() - began - inside
+
+
+def reward_metrics(rewards: Tensor, group_size: int) -> dict[str, float]:
+    """rewards (B,) float64, NaN where a rollout has none; consecutive `group_size` ones answer the same prompt.
+
+    mean and std over the rollouts that have one, left out where none has · frac_zero_std: share of prompts whose
+    rollouts all got the same reward, which teaches nothing · missing: share of rollouts without a reward.
+    """
+    given = rewards[~rewards.isnan()]
+    counted = group_advantage(rewards, group_size).unflatten(0, (-1, group_size))
+    found = {
+        "reward/frac_zero_std": (counted == 0).all(-1).double().mean().item(),
+        "reward/missing": 1 - len(given) / len(rewards),
+    }
+    if len(given):
+        found |= {"reward/mean": given.mean().item(), "reward/std": given.std(correction=0).item()}
+    return found
 
 
 def repetition_rate(response_ids: Tensor, mask: Tensor, *, n: int = 8) -> float:

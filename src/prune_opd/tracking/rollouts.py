@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,7 @@ def rollout_record(
         "stopped": bool(rollouts.stopped[row]),
         "effective_length": int(drift.effective_length[row]),
         "onset": int(drift.onset[row]),
+        **({} if result.rewards is None else {"reward": _or_none(result.rewards[row].item())}),
         "token_ids": sampled,
         "weight": _rounded(result.weight[row, :shown], 3),
         "shared": shared[row, :shown].tolist(),
@@ -73,3 +75,8 @@ def _candidates(topk: TopK, row: int, shown: int, count: int) -> dict[str, Any]:
 def _rounded(values: Tensor | Iterable[float], digits: int = 2) -> list[float]:
     # A forbidden token has log-probability -inf, which JSON does not know.
     return [round(max(float(v), -999.0), digits) + 0.0 for v in values]  # + 0.0: no "-0.0"
+
+
+def _or_none(number: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(number) else number

@@ -130,6 +130,8 @@ def _plan(config: Config, memory: Memory) -> Iterator[tuple[str, str]]:
     prompts = f"{rollout.prompts_per_step} prompts x {rollout.num_generations}"
     yield "steps", f"{training.steps:,}, each of {prompts} = {rollouts} rollouts"
     yield "objective", _objective(config)
+    if config.reward.function is not None:
+        yield "reward", _reward(config)
     yield (
         "optimiser",
         f"AdamW at {training.learning_rate:g}, {training.lr_scheduler_type}, {training.warmup_steps} steps of warm-up",
@@ -156,6 +158,14 @@ def _objective(config: Config) -> str:
     if objective.loss == "topk_reverse_kl":
         text += f", candidates {objective.top_k_strategy} of top-{objective.top_k}"
     return text
+
+
+def _reward(config: Config) -> str:
+    reward = config.reward
+    text = f"{reward.function} within {config.rollout.num_generations} rollouts, + {reward.opd_kl_coef:g} x the teacher"
+    if reward.mask_truncated_completions:
+        text += "; none for rollouts that were cut"
+    return text + ("; alone where reliability is gone" if config.teacher_ends_with_reliability else "")
 
 
 def _drift(config: Config) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import os
 import platform
 import random
@@ -22,15 +24,23 @@ from transformers.utils.logging import disable_progress_bar
 from prune_opd.config import Config
 from prune_opd.core.overlap import shared_candidates
 from prune_opd.core.window import TrainingWindow
-from prune_opd.data.source import held_out_prompts, training_prompts
+from prune_opd.data.prompts import Prompt
+from prune_opd.data.source import DatasetSource, held_out_prompts, training_prompts
 from prune_opd.errors import CheckpointError, NonFiniteError, RunDirectoryError
-from prune_opd.evaluation.evaluate import Evaluation, evaluate
+from prune_opd.evaluation.evaluate import Evaluation, evaluate, response_texts
 from prune_opd.report.logs import read_lines
 from prune_opd.report.model_card import model_card
+from prune_opd.rewards import GRADE, load_reward
 from prune_opd.sampling.local import LocalSampler
 from prune_opd.step import StepResult, prune_opd_step
 from prune_opd.tracking.console import step_view
-from prune_opd.tracking.metrics import distillation_metrics, repetition_rate, stop_metrics, trained_inputs
+from prune_opd.tracking.metrics import (
+    distillation_metrics,
+    repetition_rate,
+    reward_metrics,
+    stop_metrics,
+    trained_inputs,
+)
 from prune_opd.tracking.rollouts import rollout_record
 from prune_opd.tracking.trackers import start_trackers
 from prune_opd.training import models
@@ -41,6 +51,7 @@ from prune_opd.training.checkpoint import (
     save_checkpoint,
 )
 from prune_opd.training.engines import build_teacher, remember_teacher
+from prune_opd.types import Rollouts
 
 
 @dataclass
@@ -77,6 +88,9 @@ class Trainer:
         self.tokenizer = models.load_tokenizer(names[0], config.model)
         models.check_token_maps(self.tokenizer, models.load_tokenizer(names[1], config.model))
         self.prompts = training_prompts(config.data, self.tokenizer, seed=config.training.seed)
+        self.reward = load_reward(config.reward.function) if config.reward.function else None
+        if config.reward.function == GRADE and isinstance(self.prompts, DatasetSource):
+            self.prompts.check_gradable()
         self.eval_prompts = (
             held_out_prompts(config.evaluation.data, config.data, self.tokenizer, count=config.evaluation.num_problems)
             if config.evaluation.data
@@ -139,10 +153,11 @@ class Trainer:
         began = time.perf_counter()
         rollout = self.config.rollout
         prompts = self.prompts.batch(step, rollout.prompts_per_step)
+        of_rollout = [prompt for prompt in prompts for _ in range(rollout.num_generations)]
         try:
             result = prune_opd_step(
                 step=step,
-                prompts=[prompt.token_ids for prompt in prompts for _ in range(rollout.num_generations)],
+                prompts=[prompt.token_ids for prompt in of_rollout],
                 student=self.student,
                 sampler=self.sampler,
                 teacher=self.teacher,
@@ -150,6 +165,7 @@ class Trainer:
                 window=self.window,
                 vocab_size=self.vocab_size,
                 config=self.config,
+                reward=functools.partial(self._rewards, of_rollout) if self.reward else None,
             )
         except NonFiniteError as error:
             last_good = latest_checkpoint(self.run_dir / "checkpoints")
@@ -176,6 +192,14 @@ class Trainer:
             "time/total": seconds,
             "time/train_so_far": self.totals.train_seconds,
         }
+
+    def _rewards(self, prompts: list[Prompt], rollouts: Rollouts) -> torch.Tensor:
+        """(B,) float64: the task's reward of each rollout, NaN where it has none."""
+        assert self.reward is not None
+        rewards = self.reward(prompts, list(response_texts(rollouts, self.tokenizer)))
+        if self.config.reward.mask_truncated_completions:
+            rewards = rewards.masked_fill(~rollouts.finished.cpu(), torch.nan)
+        return rewards
 
     def _evaluate(self, step: int) -> dict[str, Any]:
         found: Evaluation = evaluate(self.sampler, self.tokenizer, self.eval_prompts, self.config.evaluation)
@@ -315,6 +339,8 @@ def metrics_of(result: StepResult, config: Config) -> dict[str, Any]:
     }
     if change:
         record["prune_opd/effective_response_length_hit_ratio"] = change.hit_ratio
+    if result.rewards is not None:
+        record |= reward_metrics(result.rewards, config.rollout.num_generations)
     if result.spent_at is not None:
         guard = config.pruning.repetition
         record |= stop_metrics(rollouts, result.events, result.audit, result.spent_at, guard)
