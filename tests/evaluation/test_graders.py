@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -295,6 +296,33 @@ def test_time_out_is_wrong_logged_once_and_survived(
     assert fresh_verifier.process is None  # killed, so that it holds neither a core nor memory
     monkeypatch.undo()
     assert grade(boxed(r"\frac{10}{2}"), "5")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGSTOP")
+def test_a_busy_machine_makes_no_answer_wrong(
+    fresh_verifier: graders._Verifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The grader's process gets no processor for three times its limit, as beside other programs."""
+    assert grade(boxed(r"\frac{10}{2}"), "5")
+    process = fresh_verifier.process
+    process.send_signal(signal.SIGSTOP)
+    threading.Timer(1.5, process.send_signal, (signal.SIGCONT,)).start()
+    monkeypatch.setattr(graders, "VERIFY_SECONDS", 0.5)
+    assert grade(boxed(r"\frac{14}{2}"), "7")
+    assert fresh_verifier.process is process
+
+
+def test_a_process_that_waits_for_ever_is_killed_by_the_clock(
+    fresh_verifier: graders._Verifier, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert grade(boxed(r"\frac{10}{2}"), "5")
+    fresh_verifier.process.send_signal(signal.SIGSTOP)
+    monkeypatch.setattr(graders, "WALL_FACTOR", 0.1)
+    with caplog.at_level(logging.WARNING):
+        assert not grade(boxed(r"\frac{14}{2}"), "7")
+    assert "took over 3 s" in caplog.text
+    monkeypatch.undo()
+    assert grade(boxed(r"\frac{14}{2}"), "7")
 
 
 def test_a_verifier_that_died_is_replaced(fresh_verifier: graders._Verifier) -> None:

@@ -6,8 +6,9 @@ number of a rambling text is right often enough by chance to blur a comparison o
 
 Plain numbers and equal strings are compared here; the rest goes to math-verify. It parses LaTeX into SymPy,
 which some answers (9^{9^{9^9}}) keep busy for ever or until memory is gone, so it runs in a process of its
-own that has limited memory and is killed when it takes too long. Signals would limit no memory, and work in
-the main thread alone. The verifiers of reasoning-gym run in another such process.
+own, with limited memory and processor time. The kernel counts the processor's seconds and ends that process, in the
+middle of a product of huge numbers too; seconds of a clock would call right answers wrong on a busy machine. The
+verifiers of reasoning-gym run in another such process.
 
 This file is those processes' program too, so importing it must not import torch.
 """
@@ -32,12 +33,13 @@ logger = logging.getLogger(__name__)
 
 MAX_ANSWER_CHARS = 1000  # the longest gold of MATH-500 has 53
 MAX_GYM_ANSWER_CHARS = 10_000  # lists of moves are long: 2,015 characters for a tower of Hanoi
-VERIFY_SECONDS = 3.0  # ordinary answers take 1-300 ms; with a new process after a hang, an answer takes under 5 s
+VERIFY_SECONDS = 3.0  # of the processor: ordinary answers take 1-300 ms; with a new process after a hang, under 5 s
 GYM_VERIFY_SECONDS = 10.0  # making a problem of knight_swap again takes 2 s
+WALL_FACTOR = 20  # so much longer by the clock before a process that does nothing is killed, too
 START_SECONDS = 600.0  # importing SymPy takes a second, or minutes from a cold network disk or on a crowded machine
 VERIFIER_BYTES = 4 * 2**30
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-FORBIDDEN_EVENTS = ("open", "os.", "shutil.", "subprocess.", "socket.", "ctypes.", "pty.", "webbrowser.")
+FORBIDDEN_EVENTS = ("open", "os.", "time.sleep", "shutil.", "subprocess.", "socket.", "ctypes.", "pty.", "webbrowser.")
 
 # Possessive, and only at a run's first backslash: else a megabyte of backslashes takes quadratic time.
 _BRACES = re.compile(r"(?P<box>(?<!\\)\\++boxed\s*+\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
@@ -54,8 +56,8 @@ def grade(response: str, gold: str) -> bool:
 
     Mathematical equality, as math-verify sees it: forms (1/2, 0.5, \\frac12), units, percent signs, bases
     (52_8) and variable names in front (x = 5) do not matter. No text makes it raise: an answer that cannot be
-    parsed, or on which math-verify dies or takes more than `VERIFY_SECONDS`, is wrong; the first of each of
-    these last two is logged. RuntimeError if math-verify does not start at all.
+    parsed, or on which math-verify dies or takes more than `VERIFY_SECONDS` of the processor, is wrong; the first of
+    each of these last two is logged. RuntimeError if math-verify does not start at all.
     """
     answer = extract_answer(response)
     if answer is None or len(answer) > MAX_ANSWER_CHARS:
@@ -162,11 +164,13 @@ class _Verifier:
             process, self.process = self.process, None
             if process is None or process.poll() is not None:
                 process = _start(self.package)
-            reply, timed_out = _exchange(process, json.dumps(question) + "\n", seconds)
+            request = json.dumps([seconds, *question]) + "\n"
+            reply, timed_out = _exchange(process, request, WALL_FACTOR * seconds)
             if reply and not timed_out:
                 self.process = process  # only now: after Ctrl-C, its reply would be taken for the next one's
             else:
                 _stop(process)
+                timed_out |= process.returncode == -getattr(signal, "SIGPROF", 0)
                 self._log(f"took over {seconds:g} s" if timed_out else "died", question[-1])
             return reply == "true\n"
 
@@ -227,7 +231,7 @@ def _exchange(process: subprocess.Popen[str], request: str, seconds: float) -> t
 
 
 def _serve(package: str) -> None:
-    """The other process: a question as a JSON list a line in, true or false a line out, until the input ends."""
+    """The other process: [processor seconds, *question] as a JSON line in, true or false a line out, to the end."""
     replies, sys.stdout = sys.stdout, sys.stderr  # whatever a verifier prints is no reply
     verify: Callable[..., bool] = _math_verify() if package == "math_verify" else _reasoning_gym()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent; our input ends with it
@@ -238,7 +242,20 @@ def _serve(package: str) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (VERIFIER_BYTES, VERIFIER_BYTES))
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
-        print(json.dumps(verify(*json.loads(line))), file=replies, flush=True)
+        seconds, *question = json.loads(line)
+        _limit_processor(seconds)
+        reply = json.dumps(verify(*question))
+        _limit_processor(0)
+        print(reply, file=replies, flush=True)
+
+
+def _limit_processor(seconds: float) -> None:
+    """End this process after so many more seconds of the processor; 0 takes the limit away.
+
+    SIGPROF without a handler: with one, Python would wait for the end of the very operation that never ends.
+    """
+    if hasattr(signal, "setitimer"):  # not on Windows, where the clock has to do
+        signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _math_verify() -> Callable[[str, str], bool]:
