@@ -1,0 +1,103 @@
+"""One step of plain OPD at a real size on one accelerator: where the time goes, the memory, and the share of its peak.
+
+Student and teacher have the shape of Qwen3-1.7B (random weights, bfloat16 autocast over float32 master weights for the
+student, bfloat16 for the teacher); --rollouts responses of --length tokens that nobody can end. Work, ceilings and
+the meaning of the columns are those of scaling.py; the clock is the wall's here, since the work is not the processor's.
+
+Without an accelerator it says so and ends with code 0: nothing was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from scaling import PHASES, Bench, least_work, measured_ceilings, summarise, table_of
+from transformers import Qwen3Config
+
+QWEN3_1_7B = {
+    "vocab_size": 151_936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40_960,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+    "tie_word_embeddings": True,
+}
+MATMUL_SIZE = 8192
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rollouts", type=int, default=8)
+    parser.add_argument("--length", type=int, default=12_288, help="tokens of a response")
+    parser.add_argument("--repeats", type=int, default=5, help="after one untimed step")
+    parser.add_argument("--micro-batch-tokens", type=int, default=16_384)
+    parser.add_argument("--output", type=Path, default=Path("build/benchmarks/gpu.json"))
+    args = parser.parse_args()
+    console = Console(width=150)
+    if not torch.cuda.is_available():
+        console.print("no CUDA device on this machine: not measured")
+        return
+    device = torch.device("cuda")
+    shape = Qwen3Config(**QWEN3_1_7B)
+    bench = Bench(shape, device=device, dtype=torch.float32, threads=1)
+    bench.teacher.model.to(torch.bfloat16)
+    settings = {"bf16": True, "micro_batch_tokens": args.micro_batch_tokens, "gradient_checkpointing": True}
+    bench.student.gradient_checkpointing_enable({"use_reentrant": False})
+    bench.student.train()
+    bench.step(bench.config(args.rollouts, 64, **settings), args.rollouts)
+    config = bench.config(args.rollouts, args.length, **settings)
+    torch.cuda.reset_peak_memory_stats()
+    samples = []
+    for _ in range(args.repeats):
+        seconds = bench.step(config, args.rollouts)[1]
+        samples.append(seconds | {"cpu": seconds["wall"]})
+        console.print(f"{seconds['wall']:.1f} s: " + ", ".join(f"{p} {seconds[p]:.1f}" for p in PHASES), style="dim")
+    ceilings = measured_ceilings(device, torch.bfloat16, time.perf_counter, MATMUL_SIZE)
+    work = least_work(
+        shape,
+        rollouts=args.rollouts,
+        length=args.length,
+        micro_batch_tokens=args.micro_batch_tokens,
+        slots=config.rollout.slots,
+        width=2,
+    )
+    row = {"rollouts": args.rollouts, "length": args.length}
+    row |= summarise(samples, ceilings, work, args.rollouts * args.length)
+    memory = torch.cuda.max_memory_allocated()
+    console.print(table_of([row], "Qwen3-1.7B shape; CPU columns are the wall's"))
+    record = {
+        "command": " ".join(["python", *sys.argv]),
+        "device": torch.cuda.get_device_name(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "transformers")}},
+        "ceilings": asdict(ceilings),
+        "peak_bytes": memory,
+        "seconds": statistics.median(s["wall"] for s in samples),
+        "row": row,
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    console.print(
+        f"{record['device']}: {record['seconds']:.1f} s a step, peak {memory / 2**30:.1f} GiB; ceilings "
+        f"{ceilings.operations_per_second / 1e12:.0f} Top/s, {ceilings.bytes_per_second / 1e9:.0f} GB/s; {args.output}"
+    )
+
+
+if __name__ == "__main__":
+    main()
