@@ -14,7 +14,7 @@ NOW = $(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-trl setup-smollm setup-trackers test check lint format demo demo-smollm assets docs bench clean
+.PHONY: help setup setup-trl setup-smollm setup-trackers test check lint format demo demo-smollm assets docs bench soak kill licences audit clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,20 @@ docs: setup  ## write docs/configuration.md from the settings
 
 bench: setup-trl  ## time one OPD step against TRL
 	$(BIN)/python benchmarks/step_time.py
+
+soak: setup  ## 1,000 steps on the smallest pair: memory, file handles, slow steps (about 10 minutes)
+	$(BIN)/python benchmarks/soak.py
+
+kill: setup  ## kill a run at 200 moments, resume, compare bit for bit (about 15 minutes)
+	$(BIN)/python tests/reliability/kills.py --moments 100
+	$(BIN)/python tests/reliability/kills.py --moments 100 --settings pruning.in_flight.enable=true pruning.in_flight.chunk=4 pruning.w_drop=0.2
+
+licences: setup  ## write docs/licences.md from what is installed
+	$(BIN)/python scripts/make_licences.py
+
+audit: setup  ## known vulnerabilities of the pinned packages (asks the package index)
+	$(PIP) pip-audit
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps
 
 clean:  ## delete build/ and caches; .venv and runs/ stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

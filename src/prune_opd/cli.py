@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from prune_opd.config import EvaluationSection, load_config
-from prune_opd.errors import PruneOPDError
+from prune_opd.errors import PruneOPDError, RunInterrupted
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -209,6 +209,9 @@ def main() -> None:
     warnings.showwarning = lambda message, *_, **__: errors.print(f"warning: {message}", style="yellow", markup=False)
     try:
         app()
+    except RunInterrupted as error:
+        errors.print(str(error), style="yellow", markup=False, highlight=False)
+        sys.exit(error.exit_code)
     except PruneOPDError as error:
         errors.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
         sys.exit(1)

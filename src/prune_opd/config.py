@@ -10,7 +10,7 @@ import difflib
 import re
 import tomllib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +21,9 @@ from prune_opd.errors import ConfigError
 
 
 class Section(BaseModel):
-    """Unknown names are errors and nothing changes after loading."""
+    """Unknown names are errors, `true` is no number and "3" neither, and nothing changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class LoraSection(Section):
@@ -186,7 +186,13 @@ class TrainingSection(Section):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps ...")
     threads: int = Field(1, ge=0, description="CPU threads of torch (0 leaves it alone); one is best on busy cores.")
     save_every: PositiveInt = Field(50, description="Steps between checkpoints; the last step is always saved.")
-    keep_last: PositiveInt = Field(2, description="Checkpoints kept.")
+    keep_last: PositiveInt = Field(2, description="Newest checkpoints kept.")
+    keep_every: PositiveInt | None = Field(
+        None, description="Checkpoints of steps that it divides are kept for good; a multiple of save_every."
+    )
+    max_skipped_steps: int = Field(
+        3, ge=0, description="Steps that may be skipped for NaN or infinite numbers before the run stops."
+    )
 
 
 class EvaluationSection(Section):
@@ -252,22 +258,34 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises ConfigError with the file, the setting, what was expected and the nearest known name. Warns (UserWarning)
     of each setting that was written but has no effect.
     """
-    settings = _read(Path(path), ())
+    settings, files = _read(Path(path), ())
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"--set {override!r} has no '='; write it as key=value, for example training.steps=100")
         _set(settings, key.strip().split("."), _toml_value(text.strip()))
-    return parse_config(settings, where=str(path))
+    return parse_config(settings, where=str(path), files=files)
 
 
-def parse_config(settings: dict[str, Any], *, where: str) -> Config:
-    """Check a nested dict of settings. `where` names its origin in errors."""
+def parse_config(settings: dict[str, Any], *, where: str, files: Mapping[Path, str] | None = None) -> Config:
+    """Check a nested dict of settings. `where` names its origin in errors.
+
+    files: text of the recipes that it came from, the last word first, so that errors can name the line.
+    """
     try:
         config = Config.model_validate(settings)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{where}: {_explain(e)}" for e in error.errors())) from None
+        raise ConfigError(
+            "\n".join(f"{_place(e['loc'], files or {}) or where}: {_explain(e)}" for e in error.errors())
+        ) from None
     _check_conflicts(config, where)
+    for name, value in _texts(config.model_dump()):
+        if SECRET.search(value):
+            place = _place(tuple(name.split(".")), files or {}) or where
+            raise ConfigError(
+                f"{place}: {name} holds what looks like a password or key. Recipes are copied into config.json and "
+                "shared, so it must not stand there: put it into an environment variable (HF_TOKEN, WANDB_API_KEY)"
+            )
     for setting, reason in settings_without_effect(config):
         warnings.warn(f"{where}: {setting} has no effect: {reason}", UserWarning, stacklevel=3)
     return config
@@ -377,28 +395,81 @@ def _check_conflicts(config: Config, where: str) -> None:
             f"{where}: training.warmup_steps = {config.training.warmup_steps} leaves none of training.steps = "
             f"{config.training.steps} at the full learning rate; use fewer warm-up steps"
         )
+    keep_every, save_every = config.training.keep_every, config.training.save_every
+    if keep_every is not None and keep_every % save_every:
+        raise ConfigError(
+            f"{where}: training.keep_every = {keep_every} is no multiple of training.save_every = {save_every}, so the "
+            "checkpoints to keep would never be written; change one of them"
+        )
 
 
-def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
-    path = path.resolve()
-    if path in chain:
-        raise ConfigError(f"{path}: recipes extend each other in a circle; remove one `extends`")
+SECRET = re.compile(
+    r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|xox[abp]-[\w-]{10,}"
+    r"|AKIA[A-Z0-9]{16}\b|eyJ[\w-]{10,}\.[\w-]{10,}\.)|://[^/\s:@]*:[^/\s@]+@|\bBearer\s+\S{8,}"
+)
+
+
+def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in nested settings, with its dotted name."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _texts(inner, f"{name}.{key}".removeprefix("."))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner, name)
+
+
+def _place(keys: Sequence[Any], files: Mapping[Path, str]) -> str | None:
+    """file:line where a setting is written, as far as reading line by line can tell; None where it is not."""
+    wanted = [str(key) for key in keys]
+    found: list[tuple[int, str]] = []  # how many of the keys the line shares, and the place
+    for path, text in files.items():
+        table: list[str] = []
+        for number, line in enumerate(text.splitlines(), start=1):
+            if heading := re.match(r"\s*\[+([^\[\]]+)\]+", line):
+                table = [part.strip(" \"'") for part in heading[1].split(".")]
+                name = table
+            elif assigned := re.match(r"\s*([\w.\"' -]+?)\s*=", line):
+                name = table + [part.strip(" \"'") for part in assigned[1].split(".")]
+            else:
+                continue
+            shared = min(len(name), len(wanted))
+            if name[:shared] == wanted[:shared]:
+                found.append((shared, f"{path}:{number}"))
+    return max(found, key=lambda pair: pair[0])[1] if found else None
+
+
+def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Path, str]]:
+    """The settings of a recipe and of those that it extends, and the text of each file, this one first."""
     try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        path = path.resolve()
+        if path in chain:
+            raise ConfigError(f"{path}: recipes extend each other in a circle; remove one `extends`")
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], 1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else "; give the path of a TOML recipe"
         raise ConfigError(f"{path}: no such recipe{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:  # not UTF-8, a folder, a name that no file can have
         raise ConfigError(f"{path}: cannot be read as a UTF-8 text file: {error}; give a TOML recipe") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    try:
+        settings = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        line = re.search(r"at line (\d+)", str(error))
+        raise ConfigError(
+            f"{path}{f':{line[1]}' if line else ''}: not valid TOML: {error}; repair the line, most often by quotes"
+        ) from None
     parent = settings.pop("extends", None)
     if parent is None:
-        return settings
+        return settings, {path: text}
     if not isinstance(parent, str):
-        raise ConfigError(f"{path}: extends must be the path of another recipe as a string, got {parent!r}")
-    return _merge(_read(path.parent / parent, (*chain, path)), settings)
+        raise ConfigError(f"{path}: extends must be the path of another recipe as a string, got {parent!r}; give one")
+    inherited, files = _read(path.parent / parent, (*chain, path))
+    return _merge(inherited, settings), {path: text, **files}
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -420,7 +491,7 @@ def _set(settings: dict[str, Any], keys: list[str], value: Any) -> None:
 def _toml_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -451,7 +522,9 @@ def _explain(error: Any) -> str:
     if error["type"] == "missing":
         return f"setting {name} is required and missing; add it to the recipe"
     message = error["msg"][0].lower() + error["msg"][1:]
-    return f"setting {name} = {error['input']!r} is not usable: {message}"
+    written = repr(error["input"])
+    written = written if len(written) <= 200 else f"{written[:200]}…"
+    return f"setting {name} = {written} is not usable: {message}; change it"
 
 
 def _nearest(name: str) -> str | None:

@@ -3,6 +3,10 @@
 Every message says what was wrong, where, what was expected and what to do about it.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class PruneOPDError(Exception):
     """Root of every error that this package raises on purpose."""
@@ -32,11 +36,15 @@ class ModelError(PruneOPDError, ValueError):
 
 
 class CheckpointError(PruneOPDError, ValueError):
-    """A checkpoint is missing, damaged, or belongs to another recipe."""
+    """A checkpoint, or a log that goes on from it, is missing, damaged, or belongs to another recipe."""
 
 
 class RunDirectoryError(PruneOPDError, FileExistsError):
-    """The run directory already exists; runs are never overwritten."""
+    """The run directory already exists, or another process writes to it; runs are never overwritten."""
+
+
+class StorageError(PruneOPDError, OSError):
+    """The disk is full, read-only or broken; names the file that could not be written."""
 
 
 class RewardError(PruneOPDError, ValueError):
@@ -44,7 +52,20 @@ class RewardError(PruneOPDError, ValueError):
 
 
 class NonFiniteError(PruneOPDError, ArithmeticError):
-    """The loss or a gradient became NaN or infinite; training stops before the weights are touched."""
+    """Logits, the loss, a gradient or a weight became NaN or infinite; raised before the weights are touched.
+
+    rollouts: the batch of the step; rows (B,) bool: those where it was seen. None where nobody knows.
+    """
+
+    def __init__(self, message: str, *, rollouts: Any = None, rows: Any = None) -> None:
+        super().__init__(message)
+        self.rollouts, self.rows = rollouts, rows
+
+
+class RunInterrupted(PruneOPDError, InterruptedError):
+    """A signal asked the run to stop; everything up to here is saved. The command line exits with `exit_code`."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: start it again, with --resume auto
 
 
 class ServerError(PruneOPDError, ConnectionError):

@@ -46,6 +46,7 @@ from prune_opd.core.objective import (
 from prune_opd.core.window import TrainingWindow, WindowChange
 from prune_opd.errors import NonFiniteError
 from prune_opd.events import drift_events
+from prune_opd.finite import check_student, check_teacher
 from prune_opd.inflight import InFlightStop, audited
 from prune_opd.modeling import hidden_states, output_head, packed_inputs
 from prune_opd.sampling.base import Sampler, rollout_uniforms
@@ -97,7 +98,8 @@ def prune_opd_step(
     reward: what the task says of each rollout, (B,) float64, NaN where nothing; `config.rollout.num_generations`
     consecutive rollouts are one prompt's.
 
-    Raises NonFiniteError before the weights are touched when the loss or the gradient is NaN or infinite.
+    Raises NonFiniteError, with the rollouts and before the weights are touched, when logits of student or teacher, the
+    loss or the gradient are NaN or infinite.
     """
     objective, pruning, training = config.objective, config.pruning, config.training
     device = next(student.parameters()).device
@@ -120,11 +122,13 @@ def prune_opd_step(
             watcher=in_flight,
         )
     assert rollouts.student is not None
+    check_student(step + 1, rollouts)
 
     # 2. The teacher scores every position: its own top-k, the student's candidates, the sampled token.
     with watch.phase("teacher"):
         width = rollouts.response_ids.shape[1]
         scores = in_flight.scores_of(width) if in_flight else teacher.score(rollouts, top_k=objective.top_k)
+    check_teacher(step + 1, rollouts, scores)
 
     # 3. Drift: events, what they leave of reliability, and the weight that follows.
     with watch.phase("drift"):
@@ -159,7 +163,9 @@ def prune_opd_step(
             if of_task is not None:
                 loss = loss + of_task.loss / tokens
             if not torch.isfinite(loss):
-                raise NonFiniteError(f"step {step}: the loss is {loss.item()}; the weights were not updated")
+                raise NonFiniteError(
+                    f"step {step + 1}: the loss is {loss.item()}; the weights were not updated", rollouts=rollouts
+                )
             loss.backward()
             loss_sum += loss.item()
             packed_tokens += part.input_ids.numel()
@@ -168,7 +174,10 @@ def prune_opd_step(
         parameters = [p for p in student.parameters() if p.grad is not None]
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
         if not torch.isfinite(grad_norm):
-            raise NonFiniteError(f"step {step}: the gradient norm is {grad_norm.item()}; the weights were not updated")
+            raise NonFiniteError(
+                f"step {step + 1}: the gradient norm is {grad_norm.item()}; the weights were not updated",
+                rollouts=rollouts,
+            )
         optimizer.step()
 
     # 7. How far reliability reached decides how long the next responses may be.

@@ -120,19 +120,24 @@ def load_prompts(
     if not texts:
         raise DataError(f"{source}: there is no row in it; expected one prompt a row")
 
-    tokens = tokenize(texts, tokenizer)
-    for where, ids in zip(sources, tokens, strict=True):
+    # No token is longer than the longest of the vocabulary: what cannot fit is not tokenised, since megabytes without a
+    # space take minutes and gigabytes.
+    most = max_prompt_length * max(map(len, tokenizer.get_vocab()))
+    may_fit = [i for i, text in enumerate(texts) if len(text) <= most]
+    tokens = dict(zip(may_fit, tokenize([texts[i] for i in may_fit], tokenizer), strict=True))
+    for i, ids in tokens.items():
         if not ids:
-            raise DataError(f"{where}: the tokenizer makes no token of this prompt; remove the row")
+            raise DataError(f"{sources[i]}: the tokenizer makes no token of this prompt; remove the row")
     prompts = tuple(
-        Prompt(text, tuple(ids), answer, where)
-        for text, ids, answer, where in zip(texts, tokens, answers, sources, strict=True)
+        Prompt(texts[i], tuple(ids), answers[i], sources[i])
+        for i, ids in tokens.items()
         if len(ids) <= max_prompt_length
     )
     if not prompts:
+        shortest = min(map(len, tokens.values()), default=min(map(len, texts)) * max_prompt_length // most)
         raise DataError(
             f"{source}: all {len(texts)} prompts have more than {max_prompt_length} tokens, the shortest "
-            f"{min(map(len, tokens))}; raise data.max_prompt_length to at least that"
+            f"{'' if tokens else 'at least '}{shortest}; raise data.max_prompt_length to at least that"
         )
     return PromptSet(prompts, dropped_too_long=len(texts) - len(prompts))
 
@@ -141,10 +146,14 @@ def load_prompts(
 
 
 def _rows(source: str, split: str) -> Iterable[Row]:
-    path = Path(source).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(source).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:  # a name too long for any file, or ~ of a user that there is not
+        raise DataError(f"{source}: no file can be looked for there ({error}); check the path") from None
+    if is_folder:
         return _folder_rows(path, split)
-    if path.is_file():
+    if is_file:
         return _file_rows(path)
     looks_like_a_path = path.suffix in (*JSONL_SUFFIXES, ".parquet") or not re.fullmatch(
         r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?", source
@@ -170,7 +179,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
             text = line.decode("utf-8-sig").strip()
             if not text:
                 continue
-            row = json.loads(text)
+            row = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{where}: not valid JSON ({error}); expected one object a line, in UTF-8; repair the line"
@@ -180,6 +189,18 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
                 f'{where}: expected a JSON object such as {{"prompt": ...}}, got {_kind(row)}; write one object a line'
             )
         yield where, row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands in it twice")
+    return found
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _read(path: Path) -> bytes:
@@ -193,8 +214,11 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     """Straight from the file: `datasets` would first copy it into its cache."""
     try:
         with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise ValueError(f"two of its columns have one name: {', '.join(names)}")
             rows = file.read().to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8, columns of one name
         raise DataError(
             f"{path}: not a readable parquet file ({error}); expected a whole one; download or write it again"
         ) from error
@@ -289,6 +313,7 @@ def _answer(where: str, row: Mapping[str, Any], column: str | None) -> str | Non
     if value is None:
         return None
     text = str(value).strip()
+    _check_characters(f"{where}, the gold answer", text)
     if worked := re.search(r"####[ \t]*(\S.*)\Z", text):
         return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", worked[1])
     return text or None
@@ -330,6 +355,8 @@ def _kind(value: Any) -> str:
 
 def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """The token ids of rendered texts; a chat template has written the special tokens itself."""
+    if not texts:
+        return []
     return tokenizer(list(texts), add_special_tokens=not tokenizer.chat_template)["input_ids"]
 
 
@@ -343,7 +370,7 @@ def render(
 ) -> str:
     """The text that the model sees of `prompt`, a string or a chat; see `load_prompts`. `template`: its variables."""
     if isinstance(prompt, str):
-        _check_not_empty(where, prompt)
+        _check_text(where, prompt)
         text = _with_suffix(prompt, suffix)
         if not tokenizer.chat_template:
             return text
@@ -381,6 +408,8 @@ def _chat(where: str, turns: Sequence[Any]) -> Chat:
                 f"{_kind(turn) if not fields else ', '.join(f'{k}: {_kind(v)}' for k, v in fields.items())}; "
                 "repair the row"
             )
+        for text in (fields["role"], fields["content"]):
+            _check_characters(f"{where}, turn {i}", text)
         chat.append({"role": fields["role"], "content": fields["content"]})
     while chat and chat[-1]["role"] == "assistant":
         chat.pop()
@@ -390,11 +419,22 @@ def _chat(where: str, turns: Sequence[Any]) -> Chat:
             f"{where}: expected a chat whose last turn, before any of the assistant, is the user's; "
             f"its roles: {found}; repair or remove the row"
         )
-    _check_not_empty(where, chat[-1]["content"])
+    _check_text(where, chat[-1]["content"])
     return chat
 
 
-def _check_not_empty(where: str, text: str) -> None:
+def _check_characters(where: str, text: str) -> None:
+    """DataError at what no text holds and no tokenizer takes: half of a surrogate pair, or NUL."""
+    found = re.search("[\0\ud800-\udfff]", text)
+    if found:
+        raise DataError(
+            f"{where}: character {found.start()} is U+{ord(found[0]):04X}, "
+            f"{'NUL' if found[0] == chr(0) else 'half of a surrogate pair'}; expected text; repair or remove the row"
+        )
+
+
+def _check_text(where: str, text: str) -> None:
+    _check_characters(where, text)
     if not text.strip():
         raise DataError(f"{where}: the prompt is empty; expected some text; fill in or remove the row")
 

@@ -81,6 +81,11 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 raise RunLogError(f"{path}, line {number} is no JSON ({error}); restore or remove that line") from None
 
 
+def trained(record: dict[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl is of a step that trained: not of the evaluation before step 1, not skipped."""
+    return record["step"] > 0 and "skipped" not in record
+
+
 def without_secrets(value: Any, name: str = "") -> Any:
     """Settings with every text that is, or holds, a secret blotted out; they are about to be shown to others."""
     if isinstance(value, dict):
@@ -105,7 +110,7 @@ def _read_run(path: Path, arm_names: dict[str, str]) -> Run:
         seed=config["training"]["seed"],
         config=config,
         env=without_secrets(_read_json(path / "env.json")) if (path / "env.json").is_file() else {},
-        steps=[line for line in lines if line["step"] > 0],
+        steps=[line for line in lines if trained(line)],
         evaluations=[line for line in lines if "eval/accuracy" in line],
     )
 

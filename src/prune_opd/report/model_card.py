@@ -15,8 +15,9 @@ from huggingface_hub.utils import validate_repo_id
 from prune_opd.errors import HubError
 from prune_opd.report.logs import PHASES, Run, read_runs
 from prune_opd.report.report import duration, percent
+from prune_opd.training.checkpoint import MANIFEST, STATE
 
-TRAINING_STATE = ["optimizer.pt", "trainer_state.json"]  # of a checkpoint; nobody who loads the model needs it
+TRAINING_STATE = ["optimizer.pt", STATE, MANIFEST]  # of a checkpoint; nobody who loads the model needs it
 
 
 def model_card(run_dir: Path) -> ModelCard:

@@ -1,20 +1,24 @@
 """Checkpoints that continue exactly: weights, optimiser, schedule, window, random state, step.
 
 A checkpoint is a folder `checkpoints/step_N` that Hugging Face loads as a model, plus what training needs. It is
-written aside and renamed, so a folder with that name is always whole. The data position needs no entry: prompts and
-sampling numbers are functions of (seed, step).
+written aside, flushed to the disk and renamed, and its manifest has the size and SHA-256 of every file: what a crash
+or a bad disk left of one is recognised and never resumed from. The data position needs no entry: prompts and sampling
+numbers are functions of (seed, step).
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import pickle
+import re
 import shutil
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, TypeVar
 
 import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, StringConstraints, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model
 from torch.optim import Optimizer
@@ -22,16 +26,89 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from prune_opd.config import Config
 from prune_opd.core.window import TrainingWindow
-from prune_opd.errors import CheckpointError
+from prune_opd.errors import CheckpointError, NonFiniteError, StorageError
+from prune_opd.training.files import storage_errors, sync, write_json
 
 # What may differ between the run that saved and the run that resumes; anything else would be another experiment.
-FREE_TO_CHANGE = {
-    ("model", "teacher_model_server_url"),
-    ("training", "steps"),
-    ("training", "save_every"),
-    ("training", "keep_last"),
-} | {("training", name) for name in ("threads", "device", "micro_batch_tokens", "gradient_checkpointing")}
+FREE_TO_CHANGE = {("model", "teacher_model_server_url")} | {
+    ("training", name)
+    for name in (
+        *("steps", "save_every", "keep_last", "keep_every", "max_skipped_steps"),
+        *("threads", "device", "micro_batch_tokens", "gradient_checkpointing"),
+    )
+}
 FREE_SECTIONS = {"tracking", "evaluation"}
+
+# What safetensors, torch.load and load_state_dict raise on files that are not what they should be.
+UNREADABLE = (
+    *(OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError),
+    *(SafetensorError, pickle.UnpicklingError),
+)
+
+MANIFEST, STATE = "manifest.json", "trainer_state.json"
+
+
+Content = TypeVar("Content", bound=BaseModel)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class FileEntry(_Strict):
+    """Size in bytes and SHA-256 (hexadecimal) of one file."""
+
+    size: NonNegativeInt
+    sha256: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+
+
+class Manifest(_Strict):
+    """Every other file of a checkpoint, by its path within it."""
+
+    step: NonNegativeInt
+    files: dict[str, FileEntry]
+
+    @field_validator("files")
+    @classmethod
+    def _stays_inside(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        for name in files:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
+                raise ValueError(f"{name!r} is no path within the checkpoint")
+        if STATE not in files:
+            raise ValueError(f"{STATE} is missing")
+        return files
+
+
+@dataclass
+class Totals:
+    """Running sums of a run; part of its checkpoints, so that a resumed run reports the whole.
+
+    updates: optimiser steps that usual_grad_norm, a running geometric mean, was made of.
+    """
+
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    student_tokens: int = 0
+    teacher_tokens: int = 0
+    saved_tokens: int = 0
+    skipped_steps: int = 0
+    updates: int = 0
+    usual_grad_norm: float | None = None
+
+
+class TrainerState(_Strict):
+    """What `trainer_state.json` holds.
+
+    unlogged: the metrics record of a last step whose evaluation was cut off by a signal and is still to be done.
+    """
+
+    step: NonNegativeInt
+    schedule: dict[str, Any]
+    window: dict[str, int] | None
+    totals: Totals
+    config: dict[str, Any]
+    unlogged: dict[str, Any] | None
 
 
 def save_checkpoint(
@@ -43,30 +120,70 @@ def save_checkpoint(
     optimizer: Optimizer,
     schedule: LRScheduler,
     window: TrainingWindow | None,
-    totals: dict[str, float],
+    totals: Totals,
     config: Config,
+    unlogged: dict[str, Any] | None = None,
+    card: str = "",
 ) -> Path:
-    """Write `folder/step_N` and return it. `totals` are running sums of the run (tokens, seconds)."""
+    """Write `folder/step_N`, read it back from the disk against its manifest, and return it.
+
+    card: what its README.md says to whoever loads the model.
+
+    Raises NonFiniteError when a weight is NaN or infinite, and StorageError when it cannot be written whole; earlier
+    checkpoints stay as they were.
+    """
+    broken = next((name for name, p in model.named_parameters() if p.requires_grad and not p.isfinite().all()), None)
+    if broken is not None:
+        raise NonFiniteError(f"step {step}: the weight {broken} is not finite, so no checkpoint of it was written")
     final, aside = folder / f"step_{step}", folder / f".step_{step}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    # One file whatever the size, so that reading it back needs no index.
-    model.save_pretrained(aside, max_shard_size="1TB")
-    tokenizer.save_pretrained(aside)
+    state = TrainerState(
+        step=step,
+        schedule=schedule.state_dict(),
+        window=window.state_dict() if window else None,
+        totals=totals,
+        config=config.model_dump(),
+        unlogged=unlogged,
+    )
     random_state = {"cpu": torch.get_rng_state()}
     if torch.accelerator.is_available():
         random_state["accelerator"] = torch.get_device_module().get_rng_state()
-    torch.save({"optimizer": optimizer.state_dict(), "random": random_state}, aside / "optimizer.pt")
-    state = {
-        "step": step,
-        "schedule": schedule.state_dict(),
-        "window": window.state_dict() if window else None,
-        "totals": totals,
-        "config": config.model_dump(),
-    }
-    (aside / "trainer_state.json").write_text(json.dumps(state, indent=1))
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(aside, final)
+    try:
+        with storage_errors(final):
+            aside.mkdir(parents=True)
+            # One file whatever the size, so that reading it back needs no index.
+            model.save_pretrained(aside, max_shard_size="1TB")
+            tokenizer.save_pretrained(aside)
+            (aside / "README.md").write_text(card, encoding="utf-8")
+            torch.save({"optimizer": optimizer.state_dict(), "random": random_state}, aside / "optimizer.pt")
+            write_json(aside / STATE, state.model_dump(mode="json"))
+            files = sorted(path for path in aside.rglob("*") if path.is_file())
+            for path in files:
+                sync(path)
+            entries = {
+                p.relative_to(aside).as_posix(): FileEntry(size=p.stat().st_size, sha256=sha256(p)) for p in files
+            }
+            write_json(aside / MANIFEST, Manifest(step=step, files=entries).model_dump())
+            for path in [p for p in aside.rglob("*") if p.is_dir()]:
+                sync(path)
+            if final.exists():  # a damaged one of the same step, or a copy of this one
+                os.replace(final, folder / f".step_{step}.removed")
+            os.replace(aside, final)
+            sync(folder)
+        damage = damage_of(final, from_disk=True)
+    except (
+        StorageError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch.save and safetensors have errors of their own
+        shutil.rmtree(aside, ignore_errors=True)  # its room may be what the logs need now
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(
+            f"{final} could not be written ({error}); free some space or repair the disk, then continue with "
+            "--resume auto"
+        ) from error
+    if damage:
+        raise StorageError(f"{final} was written but reads back damaged ({damage}); check the disk")
     return final
 
 
@@ -78,23 +195,16 @@ def load_checkpoint(
     schedule: LRScheduler,
     window: TrainingWindow | None,
     config: Config,
-) -> tuple[int, dict[str, Any]]:
-    """Put everything back; returns (steps done, totals). Raises CheckpointError when it cannot or must not be used."""
-    state_file = checkpoint / "trainer_state.json"
+) -> TrainerState:
+    """Put everything back; returns what was saved. Raises CheckpointError when it cannot or must not be used."""
+    damage = damage_of(checkpoint)
     try:
-        state = json.loads(state_file.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{checkpoint} is no usable checkpoint ({error}); give a folder checkpoints/step_N of a run"
-        ) from None
-    differing = _differences(state["config"], config.model_dump())
-    if differing:
-        name, old, new = differing[0]
-        more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
-        raise CheckpointError(
-            f"{checkpoint} was written under another recipe: {name} was {old!r}, is now {new!r}{more}; "
-            "resume with the recipe of that run, or start a new run directory"
-        )
+        if damage:
+            raise CheckpointError(damage)
+        state = _read(checkpoint / STATE, TrainerState)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint} is damaged or incomplete ({error}); resume from an earlier one") from None
+    check_same_recipe(state.config, config, str(checkpoint))
     try:
         if hasattr(model, "peft_config"):
             from peft import set_peft_model_state_dict
@@ -104,35 +214,155 @@ def load_checkpoint(
             load_model(model, checkpoint / "model.safetensors")  # knows tied weights; strict
         bulk = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
         optimizer.load_state_dict(bulk["optimizer"])
-    except (OSError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{checkpoint} is damaged or incomplete ({error}); resume from an earlier one") from error
-    schedule.load_state_dict(state["schedule"])
-    if window is not None and state["window"] is not None:
-        window.load_state_dict(state["window"])
-    torch.set_rng_state(bulk["random"]["cpu"])
-    if "accelerator" in bulk["random"] and torch.accelerator.is_available():
-        torch.get_device_module().set_rng_state(bulk["random"]["accelerator"])
-    return state["step"], state["totals"]
+        schedule.load_state_dict(state.schedule)
+        if window is not None and state.window is not None:
+            window.load_state_dict(state.window)
+        torch.set_rng_state(bulk["random"]["cpu"])
+        if "accelerator" in bulk["random"] and torch.accelerator.is_available():
+            torch.get_device_module().set_rng_state(bulk["random"]["accelerator"])
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        LookupError,
+        TypeError,
+        SafetensorError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise CheckpointError(
+            f"{checkpoint} does not fit this model or is damaged ({error}); resume from an earlier one"
+        ) from error
+    return state
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The whole checkpoint with the highest step, or None."""
-    found = [p for p in folder.glob("step_*") if (p / "trainer_state.json").is_file()]
-    return max(found, key=lambda p: int(p.name.removeprefix("step_")), default=None)
+def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The whole checkpoint with the highest step, or None; and why each one that was passed over is not whole."""
+    passed_over = [f"{path} was never finished" for path in leftovers(folder)]
+    for checkpoint in reversed(checkpoints(folder)):
+        damage = damage_of(checkpoint)
+        if damage is None:
+            return checkpoint, passed_over
+        passed_over.append(f"{checkpoint} is damaged or incomplete ({damage})")
+    return None, passed_over
 
 
-def remove_old_checkpoints(folder: Path, keep_last: int) -> None:
-    """Delete all but the `keep_last` newest checkpoints."""
-    found = sorted(folder.glob("step_*"), key=lambda p: int(p.name.removeprefix("step_")))
-    for checkpoint in found[:-keep_last]:
-        shutil.rmtree(checkpoint)
+def checkpoints(folder: Path) -> list[Path]:
+    """The folders step_N, whole or not, by step."""
+    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    return [
-        (f"{section}.{name}", old.get(section, {}).get(name), value)
-        for section, values in new.items()
+def step_of(checkpoint: Path) -> int:
+    """N of a folder step_N."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Half-written and half-removed checkpoints of a run that was killed."""
+    return sorted(path for path in folder.glob(".step_*") if path.suffix in (".partial", ".removed"))
+
+
+def remove_old_checkpoints(folder: Path, *, keep_last: int, keep_every: int | None) -> None:
+    """Delete all but the `keep_last` newest checkpoints and those of steps that `keep_every` divides.
+
+    Call it after `save_checkpoint`, which has read the newest one back.
+    """
+    for checkpoint in checkpoints(folder)[:-keep_last]:
+        if keep_every is None or step_of(checkpoint) % keep_every:
+            with storage_errors(checkpoint):
+                gone = checkpoint.with_name(f".{checkpoint.name}.removed")
+                os.replace(checkpoint, gone)  # first, since half of a folder must not look like a checkpoint
+                shutil.rmtree(gone)
+
+
+def tidy(folder: Path, step: int) -> list[Path]:
+    """Make the folder of a dead run that goes on from `step` what it would be in a run that had not died.
+
+    Half of a checkpoint goes. A later checkpoint, damaged or another future of the run, is renamed to
+    superseded_step_N; those are returned.
+    """
+    moved = []
+    with storage_errors(folder):
+        for half in leftovers(folder):
+            shutil.rmtree(half)
+        for checkpoint in checkpoints(folder):
+            if step_of(checkpoint) > step:
+                aside = checkpoint.with_name(f"superseded_{checkpoint.name}")
+                if aside.exists():
+                    shutil.rmtree(aside)
+                os.replace(checkpoint, aside)
+                moved.append(aside)
+    return moved
+
+
+def checkpoint_bytes(model: torch.nn.Module) -> int:
+    """What one checkpoint takes on disk: weights (with adapters, those alone) and AdamW's two moments."""
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    saved = trained if hasattr(model, "peft_config") else sum(p.nbytes for p in model.parameters())
+    return saved + 2 * trained
+
+
+def damage_of(checkpoint: Path, *, from_disk: bool = False) -> str | None:
+    """Why a checkpoint is not whole, or None. Reads every file; `from_disk`: past the page cache, where that works."""
+    try:
+        manifest = _read(checkpoint / MANIFEST, Manifest)
+        for name, entry in manifest.files.items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != entry.size:
+                return f"{name} has {path.stat().st_size:,} bytes instead of {entry.size:,}"
+            if sha256(path, from_disk=from_disk) != entry.sha256:
+                return f"{name} has changed since it was written: another SHA-256"
+    except CheckpointError as error:
+        return str(error)
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def sha256(path: Path, *, from_disk: bool = False) -> str:
+    """Of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        if from_disk and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_same_recipe(saved: dict[str, Any], config: Config, where: str) -> None:
+    """CheckpointError when a saved config differs from `config` in a setting that shapes the run."""
+    try:
+        old = Config.model_validate(saved).model_dump()  # settings that are newer than the run get their defaults
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointError(
+            f"{where} holds settings that this version does not take ({'.'.join(map(str, first['loc']))}: "
+            f"{first['msg']}); resume with the version that wrote it"
+        ) from None
+    differing = [
+        (f"{section}.{name}", old[section].get(name), value)
+        for section, values in config.model_dump().items()
         if section not in FREE_SECTIONS
         for name, value in values.items()
-        if (section, name) not in FREE_TO_CHANGE and old.get(section, {}).get(name) != value
+        if (section, name) not in FREE_TO_CHANGE and old[section].get(name) != value
     ]
+    if differing:
+        name, was, now = differing[0]
+        more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+        raise CheckpointError(
+            f"{where} was written under another recipe: {name} was {was!r}, is now {now!r}{more}; "
+            "resume with the recipe of that run, or start a new run directory"
+        )
+
+
+def _read(path: Path, kind: type[Content]) -> Content:
+    """A JSON file of a checkpoint, checked; CheckpointError says what is wrong with it."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.name} is missing") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointError(f"{path.name} is not valid: {'.'.join(map(str, first['loc']))} {first['msg']}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error}") from None

@@ -91,7 +91,11 @@ def compare(
                     }
                     for r in evaluations
                 ],
-                "window": [r["prune_opd/current_max_response_length"] for r in records if r["step"] > 0],
+                "window": [
+                    r["prune_opd/current_max_response_length"]
+                    for r in records
+                    if "prune_opd/current_max_response_length" in r  # not at step 0, nor at a skipped step
+                ],
                 **{name: getattr(totals, name) for name in QUANTITIES},
             }
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from prune_opd.teachers.base import Teacher
 from prune_opd.teachers.local import LocalTeacher
 from prune_opd.teachers.vllm import ServedTeacher
 from prune_opd.training import models
+from prune_opd.training.files import read_json, write_json
 from prune_opd.training.plan import read_model_config
 
 TEACHER_PROBE = "teacher_probe.json"
@@ -59,11 +59,11 @@ def build_teacher(
         servers, model=served.model or name, vocab_size=vocab_size, top_logprobs=min(served.top_logprobs, vocab_size)
     )
     probe = run_dir / TEACHER_PROBE
-    teacher.check(tokenizer, longest, json.loads(probe.read_text()) if probe.exists() else None)
+    teacher.check(tokenizer, longest, read_json(probe) if probe.exists() else None)
     return teacher, vocab_size
 
 
 def remember_teacher(teacher: Teacher, run_dir: Path) -> None:
     """Write down how a served teacher scored its probe, so that a resumed run notices another one."""
     if isinstance(teacher, ServedTeacher):
-        (run_dir / TEACHER_PROBE).write_text(json.dumps(teacher.fingerprint) + "\n")
+        write_json(run_dir / TEACHER_PROBE, teacher.fingerprint)

@@ -21,7 +21,7 @@ def resolve_model(name: str) -> str:
         return name
     assets = Path(str(files("prune_opd") / "assets"))
     folder = assets / name.removeprefix("embedded:")
-    if not (folder / "config.json").is_file():
+    if folder.parent != assets or not (folder / "config.json").is_file():
         known = sorted(f"embedded:{p.name}" for p in assets.glob("*") if (p / "config.json").is_file())
         raise ModelError(f"no embedded model {name!r}; there are {', '.join(known) or 'none: run `make assets`'}")
     return str(folder)
@@ -40,8 +40,7 @@ def resolve_device(name: str) -> torch.device:
 
 def load_model(name: str, settings: ModelSection, *, dtype: str, device: torch.device) -> PreTrainedModel:
     """A causal LM on `device`. Weights are read as safetensors only."""
-    if settings.trust_remote_code:
-        log.warning("trust_remote_code is on: code that ships with %s will run", name)
+    log_remote_code(name, settings)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             resolve_model(name),
@@ -56,6 +55,12 @@ def load_model(name: str, settings: ModelSection, *, dtype: str, device: torch.d
             "Give a folder with config.json and safetensors weights, a Hub id, or embedded:NAME"
         ) from error
     return model.to(device)
+
+
+def log_remote_code(name: str, settings: ModelSection) -> None:
+    """Name a model whose own code the recipe allows to run, before it does."""
+    if settings.trust_remote_code:
+        log.warning("model.trust_remote_code is on: code that ships with %s may run", name)
 
 
 def load_student(config: Config, device: torch.device) -> PreTrainedModel:
@@ -89,6 +94,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraSection) -> PreTrainedModel:
 def load_tokenizer(name: str, settings: ModelSection) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, which must know padding and the end of a sequence."""
     folder = resolve_model(name)
+    log_remote_code(name, settings)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:

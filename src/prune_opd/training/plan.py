@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from prune_opd.config import Config, ModelSection
 from prune_opd.core.head import CHUNK_BYTES
 from prune_opd.errors import ModelError
-from prune_opd.training.models import add_adapters, resolve_model
+from prune_opd.training.models import add_adapters, log_remote_code, resolve_model
 
 # Losses over the full vocabulary hold this many (N, V) float32 tensors together in forward and backward, the logits of
 # student and teacher included. tests/training/test_plan.py counts them.
@@ -288,6 +288,7 @@ def evaluation_at_once(config: Config) -> tuple[int, int]:
 
 def read_model_config(name: str, settings: ModelSection, *, local_files_only: bool = True) -> PretrainedConfig | None:
     """The model's config.json from its folder or the Hub's cache, or from the Hub if allowed; None without one."""
+    log_remote_code(name, settings)
     try:
         return AutoConfig.from_pretrained(
             resolve_model(name), trust_remote_code=settings.trust_remote_code, local_files_only=local_files_only

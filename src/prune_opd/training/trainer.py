@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import platform
 import random
 import shlex
 import sys
 import time
-from dataclasses import dataclass
+import warnings
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -25,9 +25,9 @@ from prune_opd.core.overlap import shared_candidates
 from prune_opd.core.window import TrainingWindow
 from prune_opd.data.prompts import Prompt
 from prune_opd.data.source import DatasetSource, held_out_prompts, training_prompts
-from prune_opd.errors import CheckpointError, NonFiniteError, RunDirectoryError
+from prune_opd.errors import CheckpointError, NonFiniteError, RunDirectoryError, RunInterrupted
 from prune_opd.evaluation.evaluate import Evaluation, evaluate, response_texts
-from prune_opd.report.logs import read_lines
+from prune_opd.report.logs import read_lines, trained
 from prune_opd.report.model_card import model_card
 from prune_opd.rewards import GRADE, load_reward
 from prune_opd.sampling.local import LocalSampler
@@ -41,34 +41,44 @@ from prune_opd.tracking.metrics import (
     trained_inputs,
 )
 from prune_opd.tracking.rollouts import rollout_record
-from prune_opd.tracking.trackers import start_trackers
+from prune_opd.tracking.trackers import Log, start_trackers
 from prune_opd.training import models
 from prune_opd.training.checkpoint import (
+    Totals,
+    check_same_recipe,
+    checkpoint_bytes,
+    checkpoints,
     latest_checkpoint,
     load_checkpoint,
     remove_old_checkpoints,
     save_checkpoint,
+    tidy,
 )
 from prune_opd.training.engines import build_teacher, remember_teacher
+from prune_opd.training.faults import SPIKE, USUAL_AFTER, running_norm, write_skipped
+from prune_opd.training.files import (
+    append_json,
+    check_room,
+    check_writable,
+    log_end,
+    only_writer,
+    read_json,
+    storage_errors,
+    sync,
+    write_json,
+)
+from prune_opd.training.signals import EvaluationStopped, StopSignals
 from prune_opd.types import Rollouts
 
-
-@dataclass
-class Totals:
-    """Running sums of a run; part of its checkpoints, so that a resumed run reports the whole."""
-
-    train_seconds: float = 0.0
-    eval_seconds: float = 0.0
-    student_tokens: int = 0
-    teacher_tokens: int = 0
-    saved_tokens: int = 0
+LOGS = ("metrics.jsonl", "drift.jsonl", "rollouts.jsonl", "skipped.jsonl")
 
 
 class Trainer:
     """One training run in one directory.
 
-    Everything that can be wrong with a recipe is found here, before the first step. `resume`: "never" (the directory
-    must not exist), "auto" (continue from its last checkpoint if it has one), or the path of a checkpoint.
+    Everything that can be wrong with a recipe is found here, before the first step; nothing is written before `train`.
+    `resume`: "never" (the directory must not exist), "auto" (continue from its last whole checkpoint; without one,
+    begin), or the path of a checkpoint.
     """
 
     def __init__(
@@ -76,6 +86,7 @@ class Trainer:
     ) -> None:
         self.config, self.console = config, console or Console()
         self.run_dir = Path(output_dir)
+        check_writable(self.run_dir)
         checkpoint = self._find_checkpoint(resume)
         disable_progress_bar()  # of transformers, which would draw over ours
 
@@ -109,9 +120,10 @@ class Trainer:
         self.window = build_window(config)
         self.optimizer, self.schedule = build_optimizer(self.student, config)
         self.totals, self.steps_done = Totals(), 0
+        self.unlogged: dict[str, Any] | None = None  # the record of a step whose evaluation a signal cut off
 
         if checkpoint is not None:
-            self.steps_done, totals = load_checkpoint(
+            state = load_checkpoint(
                 checkpoint,
                 model=self.student,
                 optimizer=self.optimizer,
@@ -119,37 +131,88 @@ class Trainer:
                 window=self.window,
                 config=config,
             )
-            self.totals = Totals(**totals)
-            for name in ("metrics.jsonl", "drift.jsonl", "rollouts.jsonl"):
-                _drop_later_steps(self.run_dir / name, self.steps_done)
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        _write_json(self.run_dir / "config.json", config.model_dump())
-        _write_json(self.run_dir / "env.json", environment(device))
-        remember_teacher(self.teacher, self.run_dir)
-        self.trackers = start_trackers(config.tracking.report_to, self.run_dir, config.model_dump())
-        if checkpoint is not None:
-            self.console.print(f"resumed from {checkpoint} after step {self.steps_done}")
+            self.steps_done, self.totals, self.unlogged = state.step, state.totals, state.unlogged
+            self.console.print(f"resumed from {checkpoint} after step {self.steps_done}", soft_wrap=True)
+        # Lines of the dead run past the checkpoint go; without a checkpoint, all of them.
+        last_logged = dict.fromkeys(LOGS, -1 if checkpoint is None else self.steps_done)
+        if self.unlogged is not None:
+            last_logged["metrics.jsonl"] -= 1
+        self.log_ends = {name: log_end(self.run_dir / name, step) for name, step in last_logged.items()}
+        self.trackers: list[Log] = []
+        self._check_room()
 
     def train(self) -> Totals:
-        """Run the remaining steps; returns the totals of the whole run."""
+        """Run the remaining steps; returns the totals of the whole run.
+
+        Raises RunInterrupted after SIGTERM or SIGINT, everything being saved, and StorageError when the disk fails.
+        """
+        with storage_errors(self.run_dir):
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        with only_writer(self.run_dir), StopSignals() as signals:
+            self._begin()
+            self._run(signals)
+        return self.totals
+
+    def _begin(self) -> None:
+        """What changes the run directory before the first step. A run that dies within it can be resumed like any."""
+        for moved in tidy(self.run_dir / "checkpoints", self.steps_done):
+            self._say(f"set aside as {moved}: it is not whole, or lies after the step that this run goes on from")
+        self._remove_old_checkpoints()
+        for name, end in self.log_ends.items():
+            path = self.run_dir / name
+            if path.exists() and path.stat().st_size > end:
+                with storage_errors(path):
+                    os.truncate(path, end)
+        write_json(self.run_dir / "config.json", self.config.model_dump())
+        write_json(self.run_dir / "env.json", environment(self.student.device))
+        remember_teacher(self.teacher, self.run_dir)
+        self.trackers = start_trackers(self.config.tracking.report_to, self.run_dir, self.config.model_dump())
+
+    def _run(self, signals: StopSignals) -> None:
         training, evaluation = self.config.training, self.config.evaluation
         self._show_example()
-        if self.eval_prompts and self.steps_done == 0:
-            self._log({"step": 0, **self._evaluate(0)})
+        if self.unlogged is not None:
+            self._evaluate_and_log(self.unlogged, signals)
+        elif self.eval_prompts and self.steps_done == 0:
+            self._evaluate_and_log({"step": 0}, signals)
         with step_view(self.console, self._logged_steps()) as show:
             for step in range(self.steps_done, training.steps):
                 done, last = step + 1, step + 1 == training.steps
                 record = self._step(step)
-                show(record)
+                if "skipped" not in record:
+                    show(record)
+                self.steps_done = done
                 if self.eval_prompts and (last or done % evaluation.every == 0):
-                    record |= self._evaluate(done)
-                self._log(record)
-                if last or done % training.save_every == 0:
-                    self._save(done)
-        return self.totals
+                    self._evaluate_and_log(record, signals)
+                else:
+                    self._log(record)
+                if last or done % training.save_every == 0 or signals.received:
+                    self._save()
+                if signals.received and not last:
+                    self._stop(signals)
+
+    def _evaluate_and_log(self, record: dict[str, Any], signals: StopSignals) -> None:
+        """Complete the record of a step by an evaluation. A signal cuts it off: it is done again after the resume."""
+        try:
+            with signals.interruptible():
+                found = self._evaluate(record["step"])
+        except EvaluationStopped:
+            if self.steps_done:
+                self.unlogged = record
+                self._save()
+            self._stop(signals)
+        self._log(record | found)
+        self.unlogged = None
+
+    def _stop(self, signals: StopSignals) -> NoReturn:
+        raise RunInterrupted(
+            f"{signals.received}: stopped after step {self.steps_done} of {self.config.training.steps}, "
+            f"{'saved' if self.steps_done else 'before there was anything to save'}; continue with "
+            f"--resume auto --output-dir {self.run_dir}"
+        )
 
     def _step(self, step: int) -> dict[str, Any]:
-        began = time.perf_counter()
+        began, processor_began = time.perf_counter(), time.process_time()
         rollout = self.config.rollout
         prompts = self.prompts.batch(step, rollout.prompts_per_step)
         of_rollout = [prompt for prompt in prompts for _ in range(rollout.num_generations)]
@@ -167,12 +230,7 @@ class Trainer:
                 reward=functools.partial(self._rewards, of_rollout) if self.reward else None,
             )
         except NonFiniteError as error:
-            last_good = latest_checkpoint(self.run_dir / "checkpoints")
-            kept = f"the last good checkpoint is {last_good}" if last_good else "no checkpoint had been written yet"
-            raise NonFiniteError(
-                f"{error}. Training stopped; {kept}. Lower training.learning_rate, or look at "
-                f"{self.run_dir / 'rollouts.jsonl'}"
-            ) from error
+            return self._skip(step, prompts, error, began)
         self.schedule.step()
         seconds = time.perf_counter() - began
         record = metrics_of(result, self.config)
@@ -182,14 +240,18 @@ class Trainer:
         self.totals.saved_tokens += record["tokens/saved"]
         per_step = self.totals.train_seconds / (step + 1)
         self._write_rollouts(step + 1, prompts, result)
+        usual_norm = self._watch_norm(step + 1, result.grad_norm)
         return {
             "step": step + 1,
             "steps": self.config.training.steps,
             "eta_seconds": per_step * (self.config.training.steps - step - 1),
             "learning_rate": self.schedule.get_last_lr()[0],
             **record,
+            "grad_norm_usual": usual_norm,
             "time/total": seconds,
+            "time/cpu": time.process_time() - processor_began,
             "time/train_so_far": self.totals.train_seconds,
+            "skipped_steps": self.totals.skipped_steps,
         }
 
     def _rewards(self, prompts: list[Prompt], rollouts: Rollouts) -> torch.Tensor:
@@ -199,6 +261,55 @@ class Trainer:
         if self.config.reward.mask_truncated_completions:
             rewards = rewards.masked_fill(~rollouts.finished.cpu(), torch.nan)
         return rewards
+
+    def _skip(self, step: int, prompts: Sequence[Prompt], error: NonFiniteError, began: float) -> dict[str, Any]:
+        """The record of a step that met NaN: nothing was learnt from it, and its rollouts are kept for a look.
+
+        Raises NonFiniteError when more than `training.max_skipped_steps` of the run went this way.
+        """
+        path, totals, limit = self.run_dir / "skipped.jsonl", self.totals, self.config.training.max_skipped_steps
+        each = [prompt for prompt in prompts for _ in range(self.config.rollout.num_generations)]
+        write_skipped(path, step + 1, each, error, self.tokenizer)
+        totals.skipped_steps += 1
+        totals.student_tokens += error.rollouts.generated if error.rollouts else 0  # they were paid for
+        self.optimizer.zero_grad(set_to_none=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch misses the optimiser's step, which was left out on purpose
+            self.schedule.step()
+        seconds = time.perf_counter() - began
+        totals.train_seconds += seconds
+        self._say(f"  {error}: step skipped, {totals.skipped_steps} so far")
+        record = {
+            "step": step + 1,
+            "steps": self.config.training.steps,
+            "skipped": str(error),
+            "skipped_steps": totals.skipped_steps,
+            "time/total": seconds,
+            "time/train_so_far": totals.train_seconds,
+        }
+        if totals.skipped_steps > limit:
+            self._log(record)
+            last_good, _ = latest_checkpoint(self.run_dir / "checkpoints")
+            kept = f"the last good checkpoint is {last_good}" if last_good else "no checkpoint had been written yet"
+            raise NonFiniteError(
+                f"{error}. It is skipped step {totals.skipped_steps}, and training.max_skipped_steps = {limit}: "
+                f"training stopped; {kept}. The rollouts are in {path}; lower training.learning_rate, or try "
+                "training.bf16 = false"
+            ) from error
+        return record
+
+    def _watch_norm(self, step: int, norm: float) -> float | None:
+        """Says so when a gradient norm is a spike; returns what was usual until now."""
+        totals = self.totals
+        usual = totals.usual_grad_norm
+        if usual is not None and totals.updates >= USUAL_AFTER and norm > SPIKE * usual:
+            self._say(f"  step {step}: the gradient norm is {norm:.3g}, {norm / usual:.0f} times the usual {usual:.3g}")
+        totals.usual_grad_norm = running_norm(usual, norm, totals.updates)
+        totals.updates += 1
+        return usual
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def _evaluate(self, step: int) -> dict[str, Any]:
         found: Evaluation = evaluate(self.sampler, self.tokenizer, self.eval_prompts, self.config.evaluation)
@@ -219,29 +330,57 @@ class Trainer:
             "time/eval": found.seconds,
         }
 
-    def _save(self, step: int) -> None:
-        folder = self.run_dir / "checkpoints"
+    def _save(self) -> None:
+        began = time.perf_counter()
+        for name in LOGS:  # so that a checkpoint on the disk has its log on the disk
+            if (self.run_dir / name).exists():
+                with storage_errors(self.run_dir / name):
+                    sync(self.run_dir / name)
+        card = model_card(self.run_dir)
         saved = save_checkpoint(
-            folder,
-            step=step,
+            self.run_dir / "checkpoints",
+            step=self.steps_done,
             model=self.student,
             tokenizer=self.tokenizer,
             optimizer=self.optimizer,
             schedule=self.schedule,
             window=self.window,
-            totals=vars(self.totals),
+            totals=self.totals,
             config=self.config,
+            unlogged=self.unlogged,
+            card=str(card),
         )
-        card = model_card(self.run_dir)
-        card.save(saved / "README.md")
-        card.save(self.run_dir / "README.md")
-        remove_old_checkpoints(folder, self.config.training.keep_last)
+        with storage_errors(self.run_dir / "README.md"):
+            card.save(self.run_dir / "README.md")
+        self._remove_old_checkpoints()
+        size = sum(path.stat().st_size for path in saved.rglob("*"))
+        self.console.print(
+            f"  saved {saved}, {size / 1e6:,.1f} MB in {time.perf_counter() - began:.1f} s", style="dim", soft_wrap=True
+        )
+
+    def _remove_old_checkpoints(self) -> None:
+        training, folder = self.config.training, self.run_dir / "checkpoints"
+        remove_old_checkpoints(folder, keep_last=training.keep_last, keep_every=training.keep_every)
+
+    def _check_room(self) -> None:
+        """As many checkpoints as will lie side by side must fit, less those that are there already."""
+        training, there = self.config.training, len(checkpoints(self.run_dir / "checkpoints"))
+
+        def multiples(period: int) -> int:
+            return training.steps // period - self.steps_done // period
+
+        saves = multiples(training.save_every) + (training.steps % training.save_every != 0)
+        # One more than is kept, since the new one is written and read back before an old one goes.
+        count = max(0, min(training.keep_last + 1, there + saves) - there)
+        if training.keep_every:
+            count += multiples(training.keep_every)
+        check_room(self.run_dir, count * checkpoint_bytes(self.student), f"the {count} checkpoints to come")
 
     def _find_checkpoint(self, resume: str) -> Path | None:
         """The checkpoint to continue from; a run directory is never overwritten."""
         if resume not in ("never", "auto"):
             checkpoint = Path(resume)
-            if not (checkpoint / "trainer_state.json").is_file():
+            if not os.path.isfile(checkpoint / "trainer_state.json"):  # which takes names that no file can have
                 raise CheckpointError(f"{checkpoint} is no checkpoint; give a folder checkpoints/step_N of a run")
             if checkpoint.resolve().parents[1] != self.run_dir.resolve():
                 raise CheckpointError(
@@ -249,13 +388,34 @@ class Trainer:
                     "give that run's directory as --output-dir, or leave it out"
                 )
             return checkpoint
-        found = latest_checkpoint(self.run_dir / "checkpoints") if resume == "auto" else None
-        if found is None and self.run_dir.exists() and any(self.run_dir.iterdir()):
+        if not self.run_dir.exists() or not any(self.run_dir.iterdir()):
+            return None
+        if resume == "never":
             raise RunDirectoryError(
-                f"{self.run_dir} exists and is not empty; runs are never overwritten. Choose another --output-dir"
-                + (", or continue it with --resume auto" if resume == "never" else " (it holds no checkpoint)")
+                f"{self.run_dir} exists and is not empty; runs are never overwritten. Choose another --output-dir, "
+                "or continue it with --resume auto"
             )
-        return found
+        folder, config_file = self.run_dir / "checkpoints", self.run_dir / "config.json"
+        found, passed_over = latest_checkpoint(folder)
+        for reason in passed_over:
+            self._say(f"not resuming from a checkpoint: {reason}")
+        if found is not None:
+            return found
+        if checkpoints(folder):
+            raise CheckpointError(
+                f"{folder} holds checkpoints, but none is whole ({passed_over[-1]}); bring one back from a copy, "
+                "or start a new run directory"
+            )
+        # The run died before its first checkpoint: it begins anew, if the directory is that of such a run.
+        if config_file.is_file():
+            check_same_recipe(read_json(config_file), self.config, str(config_file))
+        elif [path for path in self.run_dir.iterdir() if path.name != ".config.json.partial"]:
+            raise RunDirectoryError(
+                f"{self.run_dir} exists and is not empty, and is no run directory: it has no config.json. "
+                "Choose another --output-dir"
+            )
+        self._say(f"{self.run_dir} holds no checkpoint; beginning at step 0")
+        return None
 
     def _show_example(self) -> None:
         prompt = self.prompts.batch(self.steps_done, self.config.rollout.prompts_per_step)[0]
@@ -272,7 +432,7 @@ class Trainer:
         drift, rollouts = result.drift, result.rollouts
         assert rollouts.student is not None
         shared = shared_candidates(rollouts.student.ids, result.scores.topk.ids).sum(-1)
-        _append_json(
+        append_json(
             self.run_dir / "drift.jsonl",
             {
                 "step": step,
@@ -290,14 +450,14 @@ class Trainer:
         for i in range(min(self.config.tracking.rollouts_per_step, len(rollouts.lengths))):
             prompt = prompts[i // self.config.rollout.num_generations]
             record = rollout_record(result, i, prompt, shared, self.tokenizer, self.config.tracking)
-            _append_json(self.run_dir / "rollouts.jsonl", {"step": step, **record})
+            append_json(self.run_dir / "rollouts.jsonl", {"step": step, **record})
 
     def _logged_steps(self) -> list[dict[str, Any]]:
         path = self.run_dir / "metrics.jsonl"
-        return [record for record in read_lines(path) if record["step"] > 0] if path.is_file() else []
+        return [record for record in read_lines(path) if trained(record)] if path.is_file() else []
 
     def _log(self, record: dict[str, Any]) -> None:
-        _append_json(self.run_dir / "metrics.jsonl", record)
+        append_json(self.run_dir / "metrics.jsonl", record)
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
         for log in self.trackers:
             log(numbers, record["step"])
@@ -402,20 +562,3 @@ def _mean_by_position(values: torch.Tensor, mask: torch.Tensor) -> list[float]:
     reached = mask.sum(0)
     means = values.double().masked_fill(~mask, 0).sum(0)[reached > 0] / reached[reached > 0]
     return [round(mean, 4) for mean in means.tolist()]
-
-
-def _append_json(path: Path, record: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def _drop_later_steps(path: Path, last_step: int) -> None:
-    """After a resume each step must stand in a log once: lines that the dead run wrote past the checkpoint go."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
-        path.write_text("".join(kept), encoding="utf-8")

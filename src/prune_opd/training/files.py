@@ -1,0 +1,136 @@
+"""Files that survive a crash: written aside, flushed to the disk, renamed; logs that only grow and are cut by steps."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from prune_opd.errors import CheckpointError, RunDirectoryError, StorageError
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, stand on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace `path` by `content`: whoever reads it finds the old or the new text, whole. Raises StorageError."""
+    aside = path.with_name(f".{path.name}.partial")
+    with storage_errors(path):
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        sync(path.parent)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a run; raises CheckpointError."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); repair it, or start a new run directory") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object; repair it, or start a new run directory")
+    return content
+
+
+def append_json(path: Path, record: dict[str, Any]) -> None:
+    """Add one line to a log. A crash can leave half a line at its end, which `log_end` does not count."""
+    with storage_errors(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def log_end(path: Path, last_step: int) -> int:
+    """Bytes of the log up to the end of `last_step`; what follows, half a line included, was written by a dead run.
+
+    Raises CheckpointError with the line when a whole line is no record of a step. Changes nothing: `os.truncate` does.
+    """
+    end = 0
+    if not path.exists():
+        return end
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                step = json.loads(line)["step"]
+                late = int(step) > last_step
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise CheckpointError(
+                    f"{path}:{number}: no record of a step ({type(error).__name__}: {error}), so the run cannot be "
+                    "continued without spoiling its log; repair or remove the line"
+                ) from None
+            if late:
+                break
+            end += len(line)
+    return end
+
+
+@contextlib.contextmanager
+def only_writer(run_dir: Path) -> Iterator[None]:
+    """Hold a run directory against a second process; RunDirectoryError when another one has it.
+
+    The lock is on the folder itself (flock), so it leaves no file and ends with the process. Without fcntl (Windows)
+    there is none.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(run_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunDirectoryError(
+                f"{run_dir} is being written by another process; wait for it or stop it, or choose another --output-dir"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def check_writable(run_dir: Path) -> None:
+    """StorageError when the run directory, or the nearest folder above it that exists, takes no new file."""
+    there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise StorageError(f"{run_dir} cannot be made: {there} is a file; choose another --output-dir")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise StorageError(f"{there} is not writable; choose another --output-dir, or change its permissions")
+
+
+def check_room(run_dir: Path, needed: int, what: str) -> None:
+    """StorageError when the file system of `run_dir` has fewer than `needed` bytes free. `what` they are for."""
+    there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise StorageError(
+            f"{there} has {free / 1e9:.3g} GB free, but {what} take {needed / 1e9:.3g} GB; free some, choose another "
+            "--output-dir, or lower training.keep_last"
+        )
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn what the system says of a write into a StorageError that names the file and the remedy."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"{path} could not be written ({error.strerror or error}); free some space or repair the disk, then "
+            "continue with --resume auto"
+        ) from error
