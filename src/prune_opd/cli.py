@@ -79,7 +79,8 @@ def train(
         f"{totals.eval_seconds:.0f} s. Run directory: {trainer.run_dir}"
     )
     _say(f"report: {write_report([trainer.run_dir])}")
-    if push_to_hub and (checkpoint := latest_checkpoint(trainer.run_dir / "checkpoints")):
+    checkpoint, _ = latest_checkpoint(trainer.run_dir / "checkpoints")
+    if push_to_hub and checkpoint:
         _say(f"uploaded {checkpoint} to {push(checkpoint, push_to_hub)}")
 
 

@@ -59,11 +59,11 @@ def build_teacher(
         servers, model=served.model or name, vocab_size=vocab_size, top_logprobs=min(served.top_logprobs, vocab_size)
     )
     probe = run_dir / TEACHER_PROBE
-    teacher.check(tokenizer, longest, read_json(probe) if probe.exists() else None)
+    teacher.check(tokenizer, longest, read_json(probe).get("logprobs") if probe.exists() else None)
     return teacher, vocab_size
 
 
 def remember_teacher(teacher: Teacher, run_dir: Path) -> None:
     """Write down how a served teacher scored its probe, so that a resumed run notices another one."""
     if isinstance(teacher, ServedTeacher):
-        write_json(run_dir / TEACHER_PROBE, teacher.fingerprint)
+        write_json(run_dir / TEACHER_PROBE, {"logprobs": teacher.fingerprint})

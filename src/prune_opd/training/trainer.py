@@ -25,7 +25,7 @@ from prune_opd.core.overlap import shared_candidates
 from prune_opd.core.window import TrainingWindow
 from prune_opd.data.prompts import Prompt
 from prune_opd.data.source import DatasetSource, held_out_prompts, training_prompts
-from prune_opd.errors import CheckpointError, NonFiniteError, RunDirectoryError, RunInterrupted
+from prune_opd.errors import CheckpointError, NonFiniteError, RunDirectoryError, RunInterrupted, ServerError
 from prune_opd.evaluation.evaluate import Evaluation, evaluate, response_texts
 from prune_opd.report.logs import read_lines, trained
 from prune_opd.report.model_card import model_card
@@ -178,7 +178,17 @@ class Trainer:
         with step_view(self.console, self._logged_steps()) as show:
             for step in range(self.steps_done, training.steps):
                 done, last = step + 1, step + 1 == training.steps
-                record = self._step(step)
+                try:
+                    record = self._step(step)
+                except (
+                    ServerError
+                ) as error:  # nothing of this step was learnt: what stands is the end of the one before
+                    if step and not (self.run_dir / "checkpoints" / f"step_{step}").exists():
+                        self._save()
+                    raise ServerError(
+                        f"{error}; stopped after step {step}{', saved' if step else ''}; continue with --resume auto "
+                        f"--output-dir {self.run_dir}"
+                    ) from error
                 if "skipped" not in record:
                     show(record)
                 self.steps_done = done
