@@ -77,9 +77,11 @@ def test_every_mistake_of_a_recipe_is_told_at_once(write):
     path = write("[training]\nstep = 3\nseed = -1\n")
     with pytest.raises(ConfigError) as error:
         load_config(path)
-    assert [line.removeprefix(f"{path}: ") for line in str(error.value).splitlines()] == [
-        "setting training.seed = -1 is not usable: input should be greater than or equal to 0",
-        "unknown setting training.step; did you mean training.steps?",
+    first = path.read_text().splitlines().index("[training]") + 1
+    assert str(error.value).splitlines() == [
+        f"{path}:{first + 2}: setting training.seed = -1 is not usable: input should be greater than or equal to 0; "
+        "change it",
+        f"{path}:{first + 1}: unknown setting training.step; did you mean training.steps?",
     ]
 
 

@@ -242,7 +242,7 @@ def test_a_broken_teacher_stops_the_step_before_the_weights_move(family):
     config = config_of()
     optimizer = build_optimizer(student, config)[0]
     kept = copy.deepcopy(student.state_dict())
-    with pytest.raises(NonFiniteError, match="step 7: the loss is nan"):
+    with pytest.raises(NonFiniteError, match="step 8: the teacher's logits are NaN"):
         prune_opd_step(
             step=7,
             prompts=tiny_prompts(),

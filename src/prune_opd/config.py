@@ -276,7 +276,10 @@ def parse_config(settings: dict[str, Any], *, where: str, files: Mapping[Path, s
         config = Config.model_validate(settings)
     except ValidationError as error:
         raise ConfigError(
-            "\n".join(f"{_place(e['loc'], files or {}) or where}: {_explain(e)}" for e in error.errors())
+            "\n".join(
+                f"{_place(e['loc'], files or {}, missing=e['type'] == 'missing') or where}: {_explain(e)}"
+                for e in error.errors()
+            )
         ) from None
     _check_conflicts(config, where)
     for name, value in _texts(config.model_dump()):
@@ -421,22 +424,27 @@ def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
             yield from _texts(inner, name)
 
 
-def _place(keys: Sequence[Any], files: Mapping[Path, str]) -> str | None:
-    """file:line where a setting is written, as far as reading line by line can tell; None where it is not."""
+def _place(keys: Sequence[Any], files: Mapping[Path, str], *, missing: bool = False) -> str | None:
+    """file:line where a setting is written, as far as reading line by line can tell; None where it is not.
+
+    missing: the line of the section that should have it.
+    """
     wanted = [str(key) for key in keys]
     found: list[tuple[int, str]] = []  # how many of the keys the line shares, and the place
     for path, text in files.items():
         table: list[str] = []
         for number, line in enumerate(text.splitlines(), start=1):
+            assigned_here = False
             if heading := re.match(r"\s*\[+([^\[\]]+)\]+", line):
                 table = [part.strip(" \"'") for part in heading[1].split(".")]
                 name = table
             elif assigned := re.match(r"\s*([\w.\"' -]+?)\s*=", line):
-                name = table + [part.strip(" \"'") for part in assigned[1].split(".")]
+                name, assigned_here = table + [part.strip(" \"'") for part in assigned[1].split(".")], True
             else:
                 continue
             shared = min(len(name), len(wanted))
-            if name[:shared] == wanted[:shared]:
+            # A heading alone does not say that the setting is below it: it may have come by --set.
+            if name[:shared] == wanted[:shared] and (assigned_here or shared == len(wanted) or missing):
                 found.append((shared, f"{path}:{number}"))
     return max(found, key=lambda pair: pair[0])[1] if found else None
 
