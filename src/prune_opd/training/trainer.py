@@ -180,9 +180,7 @@ class Trainer:
                 done, last = step + 1, step + 1 == training.steps
                 try:
                     record = self._step(step)
-                except (
-                    ServerError
-                ) as error:  # nothing of this step was learnt: what stands is the end of the one before
+                except ServerError as error:  # nothing of this step was learnt; what stands is the one before
                     if step and not (self.run_dir / "checkpoints" / f"step_{step}").exists():
                         self._save()
                     raise ServerError(
