@@ -51,6 +51,10 @@ class RewardError(PruneOPDError, ValueError):
     """A reward function raised, or returned something that is no finite number for each rollout."""
 
 
+class EngineError(PruneOPDError, RuntimeError):
+    """An engine (verl, vLLM, ...) did not do what it was asked, or was set up so that it cannot."""
+
+
 class NonFiniteError(PruneOPDError, ArithmeticError):
     """Logits, the loss, a gradient or a weight became NaN or infinite; raised before the weights are touched.
 

@@ -15,6 +15,7 @@ from prune_opd.core.objective import (
     reverse_kl,
     sampled_token_loss,
     topk_reverse_kl,
+    topk_reverse_kl_terms,
 )
 
 from . import reference
@@ -463,6 +464,6 @@ def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="sequence_mean"):
         inspect.unwrap(topk_reverse_kl)(*inputs, normalization="sequence_mean")
     with pytest.raises(ValueError, match="student_q"):
-        inspect.unwrap(topk_reverse_kl)(*inputs, reward_weight_mode="student_q")
+        inspect.unwrap(topk_reverse_kl_terms)(*inputs[:2], inputs[0] < 0, reward_weight_mode="student_q")
     with pytest.raises(ValueError, match="both"):
         inspect.unwrap(candidates)(tensor(case.student_ids), tensor(case.teacher_ids), "both")

@@ -84,6 +84,18 @@ def topk_reverse_kl(
     if candidate_mask is None:
         candidate_mask = torch.ones_like(student_logprobs, dtype=torch.bool)
     counted = candidate_mask & mask.unsqueeze(-1)
+    terms = topk_reverse_kl_terms(student_logprobs, teacher_logprobs, counted, reward_weight_mode=reward_weight_mode)
+    return _aggregate(terms, mask, weight, normalization)
+
+
+def topk_reverse_kl_terms(
+    student_logprobs: Float[Tensor, "B T C"],
+    teacher_logprobs: Float[Tensor, "B T C"],
+    counted: Bool[Tensor, "B T C"],
+    *,
+    reward_weight_mode: RewardWeightMode = "student_p",
+) -> Float[Tensor, "B T"]:
+    """`topk_reverse_kl` position by position, before weights and mean: 0 where no candidate is counted."""
     # Padding may hold anything, NaN included: replace it before it meets arithmetic, for value and gradient alike.
     log_p = student_logprobs.masked_fill(~counted, 0)
     log_q = teacher_logprobs.detach().masked_fill(~counted, 0)
@@ -100,7 +112,7 @@ def topk_reverse_kl(
     reward = share * (log_q.clamp(min=LOGPROB_FLOOR) - frozen_p.clamp(min=LOGPROB_FLOOR))
     # exp(log p - stopgrad log p) is 1 with gradient ∇ log p; -inf - -inf would be NaN, so such candidates take no part.
     ratio = (log_p - frozen_p.nan_to_num(neginf=0)).masked_fill(frozen_p == -torch.inf, 0).exp()
-    return _aggregate(-(reward * ratio).sum(-1), mask, weight, normalization)
+    return -(reward * ratio).sum(-1)
 
 
 def sampled_token_loss(

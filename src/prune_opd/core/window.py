@@ -57,13 +57,20 @@ class TrainingWindow:
         self.hit_ratio, self.margin, self.shrink_patience = hit_ratio, margin, shrink_patience
         self.length, self.misses = init_len, 0
 
+    @property
+    def hit_length(self) -> int:
+        """A rollout hits when its effective length is at least this many tokens."""
+        return max(self.min_len, self.length - self.margin)
+
     def update(self, effective_length: Int[Tensor, " B"]) -> WindowChange:
         """Take the effective lengths (B,) of one batch; sets and reports the next length. ValueError if it is empty."""
         if effective_length.numel() == 0:
             raise ValueError("the training window cannot be updated from an empty batch; skip the update instead")
+        return self.steer(int((effective_length >= self.hit_length).sum()) / effective_length.numel())
+
+    def steer(self, hit_ratio: float) -> WindowChange:
+        """`update` for those who know only the share of rollouts whose effective length is at least `hit_length`."""
         previous = self.length
-        target = max(self.min_len, previous - self.margin)
-        hit_ratio = int((effective_length >= target).sum()) / effective_length.numel()
         if hit_ratio >= self.hit_ratio:
             self.length, self.misses = min(previous + self.step, self.max_len), 0
         else:

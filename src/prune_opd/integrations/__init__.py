@@ -1,0 +1,1 @@
+"""Plug-ins for trainers that others operate; each needs its extra installed."""
