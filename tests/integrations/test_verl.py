@@ -11,9 +11,11 @@ import copy
 import functools
 import itertools
 import os
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -34,13 +36,14 @@ with warnings.catch_warnings():
     from verl.trainer.distillation.losses import DISTILLATION_SETTINGS_REGISTRY, get_distillation_loss_fn
     from verl.trainer.ppo.v1 import get_trainer_cls
     from verl.utils import tensordict_utils
-    from verl.utils.config import omega_conf_to_dataclass
+    from verl.utils.config import omega_conf_to_dataclass, validate_config
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
     from verl.workers.engine.utils import postprocess_batch_func
     from verl.workers.rollout.replica import TokenOutput
 
     import prune_opd.integrations.verl as plugin
 
+from prune_opd.config import load_config
 from prune_opd.errors import CheckpointError, ConfigError, EngineError, NonFiniteError
 from prune_opd.training.models import load_tokenizer
 from prune_opd.training.trainer import build_window
@@ -178,6 +181,46 @@ def test_settings_of_ours_that_do_not_fit_are_refused(changes, named):
         plugin.recipe_of(verl_config(changes))
 
 
+def documented_commands() -> list[list[str]]:
+    """The launch command of docs/scaling.md for each pair of its table, and for several nodes."""
+    page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"python -m verl\.trainer\.main_ppo (.*?)^```", page, re.MULTILINE | re.DOTALL)
+    pairs = re.findall(r"^\| (\S+/\S+) \| (\S+/\S+) \| (?:`(.*)`)? ?\|$", page, re.MULTILINE)
+    assert len(pairs) == 5
+    (nodes,) = re.findall(r'export MORE="(.*)"', page)
+    found = []
+    for student, teacher, more in [*pairs, (*pairs[0][:2], nodes)]:
+        text = command.replace("\\\n", " ").replace("$STUDENT", student).replace("$TEACHER", teacher)
+        found.append(text.replace("$MORE", more).split())
+    return found
+
+
+@pytest.mark.parametrize("overrides", documented_commands(), ids=lambda o: o[-1] if "=" in o[-1] else "plain")
+def test_the_documented_command_is_valid_and_has_the_papers_settings(overrides):
+    last = {override.partition("=")[0]: override for override in overrides}  # a later one replaces an earlier one
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", list(last.values()))
+    recipe = plugin.recipe_of(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        validate_config(config, use_reference_policy=False, use_critic=False)
+    paper = load_config(Path(__file__).parents[2] / "recipes" / "paper" / "justrl-1.5b.toml")
+    window = recipe.pruning.dynamic_response_length
+    assert window.init_len == (6144 if "6144" in overrides[-1] else 1024)
+    assert (
+        recipe.pruning.model_copy(update={"dynamic_response_length": window.model_copy(update={"init_len": 1024})})
+        == paper.pruning
+    )
+    assert recipe.objective == paper.objective
+    for name in ("prompts_per_step", "num_generations", "temperature", "top_p"):
+        assert getattr(recipe.rollout, name) == getattr(paper.rollout, name)
+    gpus = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    assert config.data.train_batch_size * config.actor_rollout_ref.rollout.n % gpus == 0
+    assert config.actor_rollout_ref.actor.ppo_max_token_len_per_gpu >= config.data.max_prompt_length + window.max_len
+    environment = config.ray_kwargs.ray_init.runtime_env.env_vars
+    assert plugin.__name__ == environment.VERL_USE_EXTERNAL_MODULES
+
+
 # ---- the loss, through verl's engine ----
 
 
@@ -238,18 +281,13 @@ def loss_of(config, *, ours: bool = True):
     stock = functools.partial(distillation_ppo_loss, config=actor, distillation_config=distillation)
     if not ours:
         return stock
-    worker = SimpleNamespace(role="actor", loss_fn=stock, actor=SimpleNamespace(set_loss_fn=lambda fn: None))
+    worker = plugin.PruneActorWorker.__new__(plugin.PruneActorWorker)
+    found: list = []
+    worker.role, worker.loss_fn, worker.actor = "actor", stock, SimpleNamespace(set_loss_fn=found.append)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plugin.ActorRolloutRefWorker, "init_model", lambda self: None)
-        plugin.PruneActorWorker.init_model.__wrapped__(as_worker(worker))
-    return worker.loss_fn
-
-
-def as_worker(namespace):
-    """`super()` asks for an instance of the class."""
-    worker = plugin.PruneActorWorker.__new__(plugin.PruneActorWorker)
-    object.__setattr__(worker, "__dict__", vars(namespace))
-    return worker
+        worker.init_model()
+    return found[-1]
 
 
 def forward_backward(engine, loss_function, micro_batches):

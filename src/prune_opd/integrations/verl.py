@@ -31,6 +31,7 @@ import asyncio
 import functools
 import json
 import os
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -72,6 +73,7 @@ from prune_opd.events import drift_events
 from prune_opd.inflight import InFlightStop
 from prune_opd.sampling.base import Span
 from prune_opd.tracking.metrics import Stopwatch
+from prune_opd.training.plan import longest_response
 from prune_opd.training.trainer import build_window
 from prune_opd.types import TeacherScores, TopK
 
@@ -282,8 +284,7 @@ class PruneActorWorker(ActorRolloutRefWorker):
         """See `ActorRolloutRefWorker.init_model`."""
         super().init_model()
         if "actor" in self.role:
-            self.loss_fn = functools.partial(_actor_loss, self.loss_fn)
-            self.actor.set_loss_fn(self.loss_fn)
+            self.actor.set_loss_fn(functools.partial(_actor_loss, self.loss_fn))
 
 
 @register_distillation_loss(DistillationLossSettings(names=[REVERSE_KL, FORWARD_KL], use_topk=True))
@@ -363,6 +364,14 @@ class PruneTrainer(PPOTrainerSync):
     def __init__(self, config: DictConfig) -> None:
         self.recipe = recipe_of(config)
         self.window = build_window(self.recipe)
+        chunk = self.recipe.pruning.in_flight.chunk
+        if self.recipe.stops_in_flight and 8 * chunk < longest_response(self.recipe):
+            warnings.warn(
+                f"{WHERE}.pruning.in_flight.chunk = {chunk}: each chunk scores its whole prefix again, so a response "
+                f"of {longest_response(self.recipe)} tokens is scored more than four times over; take a longer chunk",
+                UserWarning,
+                stacklevel=2,
+            )
         with open_dict(config):
             config.trainer.v1.trainer_mode = "sync"  # verl takes every other name for an asynchronous mode
         super().__init__(config)
