@@ -1,105 +1,74 @@
-"""Steps of a tiny model as `prune_opd_step` ran them: what every engine must reproduce from the same rollouts.
+"""Five steps of rollouts with both models' top-k, and what the method makes of them in float64 numpy.
 
-The window grows, stays and shrinks on the way, rollouts end by themselves or at the window, and weights differ.
+Every engine is held against it: through our step, TRL and verl the same rollouts must give the same weights, effective
+lengths, windows and losses. The models do not learn between the steps, so each step stands alone but for the window,
+which says how long its rollouts may be.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
-import warnings
 from dataclasses import dataclass
+from functools import cache
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+import numpy as np
 
-from prune_opd.config import Config, parse_config
+from prune_opd.config import DynamicResponseLengthSection, ObjectiveSection, PruningSection
+from prune_opd.sampling.base import rollout_uniforms
 from prune_opd.sampling.local import LocalSampler
-from prune_opd.step import StepResult, prune_opd_step
 from prune_opd.teachers.local import LocalTeacher
-from prune_opd.training.trainer import build_optimizer, build_window
-from prune_opd.types import TeacherScores
+from prune_opd.types import Rollouts, TeacherScores
+from tests.core import reference
 from tests.families import EOS, PAD, VOCAB, tiny_model, tiny_prompts
 
-TOP_K = 4
-PRUNING = {
-    "threshold": 0.5,
-    "w_drop": 0.2,
-    "dynamic_response_length": {
-        "init_len": 10,
-        "min_len": 4,
-        "max_len": 16,
-        "step": 3,
-        "margin": 2,
-        "hit_ratio": 0.5,
-        "shrink_patience": 1,
-    },
-}
+STEPS, TOP_K, BUDGET = 5, 4, 16
+OBJECTIVE = ObjectiveSection(top_k=TOP_K)
+WINDOW = DynamicResponseLengthSection(
+    init_len=10, min_len=4, max_len=BUDGET, step=2, hit_ratio=0.5, margin=1, shrink_patience=1
+)
+PRUNING = PruningSection(threshold=0.5, w_drop=0.2, w_base=0.5, dynamic_response_length=WINDOW)
 
 
 @dataclass(frozen=True)
 class EngineStep:
-    """One step: the student before it, what `prune_opd_step` made of it, and the gradients that it took.
+    """One batch, and what must come of it: weight (B, T) float64, effective_length (B,), the window before and after,
+    the mean loss over valid tokens in nats."""
 
-    scores: the teacher's whole distribution, most likely first, K = VOCAB (`topk`), for engines that are given top-k.
-    """
-
-    prompts: list[list[int]]
-    student: PreTrainedModel
-    result: StepResult
-    gradients: dict[str, Tensor]
+    rollouts: Rollouts
     scores: TeacherScores
+    weight: np.ndarray
+    effective_length: list[int]
+    window_before: int
+    window_after: int
+    loss: float
 
 
-def config_of(pruning: dict | None = None) -> Config:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return parse_config(
-            {
-                "model": {"model_name_or_path": "none", "teacher_model_name_or_path": "none"},
-                "data": {"train": "none"},
-                "rollout": {"prompts_per_step": 8, "num_generations": 1, "max_completion_length": 16, "slots": 8},
-                "objective": {"top_k": TOP_K},
-                "pruning": PRUNING | (pruning or {}),
-                "training": {"learning_rate": 0.02, "max_grad_norm": 1e9, "micro_batch_tokens": 64},
-            },
-            where="engines_fixture",
-        )
+@cache
+def models():
+    """(student, teacher): tiny, random, related."""
+    from tests.test_step import related
 
-
-def teacher_of(student: PreTrainedModel) -> PreTrainedModel:
-    """Agrees with the student here and not there: its weights with noise."""
-    torch.manual_seed(0)
-    teacher = copy.deepcopy(student)
-    with torch.no_grad():
-        for parameter in teacher.parameters():
-            parameter.add_(0.07 * torch.randn_like(parameter))
-    return teacher
-
-
-@functools.cache
-def engine_steps(count: int = 5) -> tuple[EngineStep, ...]:
-    """The steps of one run of `config_of()`; the teacher is `teacher_of(tiny_model("qwen3", seed=3))`."""
-    config, prompts = config_of(), tiny_prompts()
     student = tiny_model("qwen3", seed=3)
-    teacher = LocalTeacher(teacher_of(student), vocab_size=VOCAB)
-    optimizer, window = build_optimizer(student, config)[0], build_window(config)
-    steps = []
-    for step in range(count):
-        before = copy.deepcopy(student)
-        result = prune_opd_step(
-            step=step,
-            prompts=prompts,
-            student=student,
-            sampler=LocalSampler(student, pad_id=PAD, eos_ids=[EOS], vocab_size=VOCAB, slots=8),
-            teacher=teacher,
-            optimizer=optimizer,
-            window=window,
-            vocab_size=VOCAB,
-            config=config,
-        )
-        gradients = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
-        scores = teacher.score(result.rollouts, top_k=VOCAB)
-        steps.append(EngineStep(prompts, before, result, gradients, scores))
+    return student, related(student)
+
+
+@cache
+def engine_steps() -> tuple[EngineStep, ...]:
+    student, teacher = models()
+    sampler = LocalSampler(student, pad_id=PAD, eos_ids=[EOS], vocab_size=VOCAB)
+    scorer = LocalTeacher(teacher, vocab_size=VOCAB)
+    steps: list[EngineStep] = []
+    for step in range(STEPS):
+        before = steps[-1].window_after if steps else WINDOW.init_len
+        prompts = tiny_prompts((5, 3, 7, 2))
+        rollouts = sampler.sample(prompts, rollout_uniforms(0, step, range(len(prompts)), before), top_k=TOP_K)
+        scores = scorer.score(rollouts, top_k=TOP_K)
+        mask = rollouts.response_mask.numpy()
+        overlap = reference.topk_overlap(rollouts.student.ids.numpy(), scores.topk.ids.numpy())
+        events = (overlap < PRUNING.threshold) & mask
+        _, weight, effective, _ = reference.drift(events, mask, PRUNING.w_drop, PRUNING.w_base)
+        batches = [step.effective_length for step in steps] + [effective.tolist()]
+        after = reference.window_trace(batches, **WINDOW.model_dump(exclude={"enable"}))[-1][1]
+        log_p, log_q = rollouts.student.logprobs.numpy(), scores.candidate_logprobs.numpy()
+        loss, tokens, _, _ = reference.topk_reverse_kl(log_p, log_q, mask, weight)
+        steps.append(EngineStep(rollouts, scores, weight, batches[-1], before, after, loss / tokens))
     return tuple(steps)

@@ -15,11 +15,15 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 pytest.importorskip("verl", reason="verl is not installed here: make test-verl")
 pytest.importorskip("transfer_queue", reason="verl's trainer needs TransferQueue: make test-verl")
@@ -43,14 +47,19 @@ with warnings.catch_warnings():
 
     import prune_opd.integrations.verl as plugin
 
-from prune_opd.config import load_config
+from prune_opd.config import PruningSection, load_config
 from prune_opd.errors import CheckpointError, ConfigError, EngineError, NonFiniteError
+from prune_opd.step import StepResult, prune_opd_step
+from prune_opd.teachers.local import LocalTeacher
 from prune_opd.training.models import load_tokenizer
-from prune_opd.training.trainer import build_window
-from tests.engines_fixture import PRUNING, TOP_K, config_of, engine_steps, teacher_of
-from tests.families import EOS, PAD, VOCAB, tiny_model
+from prune_opd.training.trainer import build_optimizer, build_window
+from prune_opd.types import TeacherScores
+from tests import engines_fixture as fixture
+from tests.engines_fixture import OBJECTIVE, PRUNING, TOP_K
+from tests.families import EOS, PAD, VOCAB
+from tests.test_step import config_of
 
-ROLLOUTS = 8
+ROLLOUTS = 4
 BASE = {
     "algorithm.adv_estimator": "grpo",  # no critic
     "data.train_files": "none",
@@ -92,7 +101,7 @@ def flat(settings: dict, prefix: str) -> dict:
 
 
 def verl_config(changes: dict | None = None):
-    settings = BASE | flat(PRUNING, f"+{plugin.WHERE}.pruning") | (changes or {})
+    settings = BASE | flat(PRUNING.model_dump(exclude_unset=True), f"+{plugin.WHERE}.pruning") | (changes or {})
     return copy.deepcopy(composed(tuple(f"{name}={value}" for name, value in settings.items())))
 
 
@@ -100,6 +109,62 @@ def verl_config(changes: dict | None = None):
 def composed(overrides: tuple[str, ...]):
     with initialize_config_module("verl.trainer.config", version_base=None):
         return compose("ppo_trainer", list(overrides))
+
+
+# ---- the shared fixture through our own step ----
+
+
+@dataclass(frozen=True)
+class OurStep:
+    """A step of the fixture, the student of it, and what our step makes of both.
+
+    scores: the teacher's whole distribution, most likely first (K = VOCAB), since verl's teacher gives top-k alone.
+    """
+
+    expected: fixture.EngineStep
+    prompts: Sequence[Sequence[int]]
+    student: PreTrainedModel
+    result: StepResult
+    gradients: dict[str, torch.Tensor]
+    scores: TeacherScores
+
+
+class Given:
+    """Sampler and teacher that say what the fixture says."""
+
+    def __init__(self, step: fixture.EngineStep) -> None:
+        self.step = step
+
+    def sample(self, prompts, uniforms, **settings):
+        return self.step.rollouts
+
+    def score(self, rollouts, *, top_k):
+        return self.step.scores
+
+
+@functools.cache
+def our_steps() -> tuple[OurStep, ...]:
+    config = config_of().model_copy(update={"pruning": PRUNING, "objective": OBJECTIVE})
+    config = config.with_settings(**{"training.learning_rate": 1e-12, "training.max_grad_norm": 1e9})
+    student, teacher = fixture.models()
+    window, steps = build_window(config), []
+    for number, step in enumerate(fixture.engine_steps()):
+        trained = copy.deepcopy(student).train()
+        result = prune_opd_step(
+            step=number,
+            prompts=step.rollouts.prompts,
+            student=trained,
+            sampler=Given(step),
+            teacher=Given(step),
+            optimizer=build_optimizer(trained, config)[0],
+            window=window,
+            vocab_size=VOCAB,
+            config=config,
+        )
+        gradients = {name: p.grad for name, p in trained.named_parameters() if p.grad is not None}
+        scores = LocalTeacher(teacher, vocab_size=VOCAB).score(step.rollouts, top_k=VOCAB)
+        steps.append(OurStep(step, step.rollouts.prompts, student, result, gradients, scores))
+    return tuple(steps)
 
 
 # ---- registration ----
@@ -136,7 +201,7 @@ def test_workers_can_be_made_ray_actors():
 
 def test_settings_of_the_recipe_arrive():
     recipe = plugin.recipe_of(verl_config({f"+{plugin.WHERE}.objective.reward_weight_mode": "none"}))
-    assert recipe.pruning == config_of().pruning
+    assert recipe.pruning == PRUNING
     assert recipe.objective.reward_weight_mode == "none"
     assert (recipe.rollout.prompts_per_step, recipe.rollout.max_completion_length) == (ROLLOUTS, 16)
 
@@ -308,10 +373,10 @@ def forward_backward(engine, loss_function, micro_batches):
 
 
 @pytest.mark.parametrize("index", range(5))
-@pytest.mark.parametrize("parts", [[range(8)], [[6, 1, 4], [0], [7, 2, 3, 5]]], ids=["whole", "micro-batches"])
+@pytest.mark.parametrize("parts", [[range(ROLLOUTS)], [[3, 1], [0], [2]]], ids=["whole", "micro-batches"])
 def test_weights_loss_gradient_and_window_are_those_of_our_step(index, parts, monkeypatch):
     """The shared fixture through verl's engine: everything to 1e-6, however the batch is cut."""
-    step = engine_steps()[index]
+    step = our_steps()[index]
     config = verl_config()
     recipe, window = plugin.recipe_of(config), window_at(step)
     sent = plugin._batch_settings(recipe, window)
@@ -322,13 +387,13 @@ def test_weights_loss_gradient_and_window_are_those_of_our_step(index, parts, mo
     batches = [micro_batch(step, list(rows), sent) for rows in parts]
     outputs, _ = forward_backward(engine, loss_function, batches)
 
-    drift, lengths = step.result.drift, step.result.rollouts.lengths
+    drift, lengths, expected = step.result.drift, step.result.rollouts.lengths, step.expected
     for rows, found in zip(parts, reports, strict=True):
         for place, row in enumerate(rows):
             n = int(lengths[row])
-            torch.testing.assert_close(found.weight[place, :n], drift.weight[row, :n], atol=1e-6, rtol=0)
-            assert int(found.effective_length[place]) == int(drift.effective_length[row])
-    assert sum(output["loss"] for output in outputs) == pytest.approx(step.result.loss, abs=1e-6)
+            np.testing.assert_allclose(found.weight[place, :n], expected.weight[row, :n], atol=1e-6)
+            assert int(found.effective_length[place]) == expected.effective_length[row]
+    assert sum(output["loss"] for output in outputs) == pytest.approx(expected.loss, abs=1e-6)
     for name, parameter in engine.module.named_parameters():
         torch.testing.assert_close(parameter.grad, step.gradients[name], atol=1e-6, rtol=1e-5)
 
@@ -339,7 +404,7 @@ def test_weights_loss_gradient_and_window_are_those_of_our_step(index, parts, mo
     change = step.result.window
     assert logged["prune_opd/effective_response_length_hit_ratio"] == change.hit_ratio
     assert logged["prune_opd/current_max_response_length"] == change.previous_length
-    assert logged["prune_opd/next_max_response_length"] == trainer.window.length == change.length
+    assert logged["prune_opd/next_max_response_length"] == trainer.window.length == expected.window_after
     assert trainer.window.misses == change.misses
     effective = drift.effective_length.double()
     assert logged["prune_opd/effective_response_length_mean"] == pytest.approx(effective.mean().item())
@@ -351,7 +416,7 @@ def test_weights_loss_gradient_and_window_are_those_of_our_step(index, parts, mo
 
 
 def window_at(step):
-    window = build_window(config_of())
+    window = build_window(plugin.recipe_of(verl_config()))
     window.length = step.result.window.previous_length
     return window
 
@@ -361,15 +426,15 @@ def test_the_window_trace_over_all_steps_is_ours():
     config = verl_config()
     trainer = trainer_with(config, None, {})
     trace = []
-    for step in engine_steps():
+    for step in our_steps():
         sent = plugin._batch_settings(trainer.recipe, trainer.window)
         engine = bare_engine(copy.deepcopy(step.student))
-        outputs, _ = forward_backward(engine, loss_of(config), [micro_batch(step, range(8), sent)])
+        outputs, _ = forward_backward(engine, loss_of(config), [micro_batch(step, range(ROLLOUTS), sent)])
         metrics = through_verls_worker(engine, outputs)
         trainer.actor_rollout_wg.update_actor = lambda batch, metrics=metrics: {"metrics": metrics}
         trainer._update_actor(KVBatchMeta(partition_id="train", keys=["a"], tags=[{}]), {})
         trace.append((trainer.window.length, trainer.window.misses))
-    assert trace == [(step.result.window.length, step.result.window.misses) for step in engine_steps()]
+    assert trace == [(step.result.window.length, step.result.window.misses) for step in our_steps()]
     assert len({length for length, _ in trace}) > 2  # it moved
 
 
@@ -413,7 +478,7 @@ def trainer_with(config, window, metrics):
 
 def test_forward_kl_on_verls_own_actor_gets_our_weights():
     """Another objective than the paper's, by name: verl's forward KL over the teacher's top-k, times w_t."""
-    step = engine_steps()[0]
+    step = our_steps()[0]
     config = verl_config(
         {
             "distillation.distillation_loss.loss_mode": "prune_opd_forward_kl",
@@ -421,7 +486,7 @@ def test_forward_kl_on_verls_own_actor_gets_our_weights():
         }
     )
     sent = plugin._batch_settings(plugin.recipe_of(config), window_at(step))
-    data = micro_batch(step, range(8), sent)
+    data = micro_batch(step, range(ROLLOUTS), sent)
     for name in ("teacher_ids", "teacher_logprobs"):
         data[name] = torch.nested.as_nested_tensor([t[:, :TOP_K] for t in data[name].unbind()], layout=torch.jagged)
     engine = bare_engine(copy.deepcopy(step.student))
@@ -457,12 +522,12 @@ def test_every_drift_setting_reaches_the_actor(setting, changed):
     from prune_opd.core.objective import topk_reverse_kl
     from prune_opd.events import drift_events
 
-    step, config = engine_steps()[0], verl_config()
+    step, config = our_steps()[0], verl_config()
     recipe = plugin.recipe_of(config)
-    pruning = config_of(setting).pruning
+    pruning = PruningSection.model_validate(PRUNING.model_dump(exclude_unset=True) | setting)
     sent = plugin._batch_settings(recipe.model_copy(update={"pruning": pruning}), None)
     outputs, _ = forward_backward(
-        bare_engine(copy.deepcopy(step.student)), loss_of(config), [micro_batch(step, range(8), sent)]
+        bare_engine(copy.deepcopy(step.student)), loss_of(config), [micro_batch(step, range(ROLLOUTS), sent)]
     )
     rollouts, scores = step.result.rollouts, step.result.scores
     mask = rollouts.response_mask
@@ -476,8 +541,8 @@ def test_every_drift_setting_reaches_the_actor(setting, changed):
 
 
 def test_a_batch_of_another_trainer_and_another_actor_are_refused():
-    step, config = engine_steps()[0], verl_config()
-    data = micro_batch(step, range(8), plugin._batch_settings(plugin.recipe_of(config), None))
+    step, config = our_steps()[0], verl_config()
+    data = micro_batch(step, range(ROLLOUTS), plugin._batch_settings(plugin.recipe_of(config), None))
     with pytest.raises(EngineError, match="does not compute"):
         plugin.prune_opd_loss(None, config.distillation, {}, data)
     del data[plugin.SETTINGS]
@@ -486,13 +551,13 @@ def test_a_batch_of_another_trainer_and_another_actor_are_refused():
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update():
-    step, config = engine_steps()[0], verl_config()
+    step, config = our_steps()[0], verl_config()
     student = copy.deepcopy(step.student)
     with torch.no_grad():
         student.lm_head.weight[5] = float("nan")
     sent = plugin._batch_settings(plugin.recipe_of(config), None)
     with pytest.raises(NonFiniteError):
-        forward_backward(bare_engine(student), loss_of(config), [micro_batch(step, range(8), sent)])
+        forward_backward(bare_engine(student), loss_of(config), [micro_batch(step, range(ROLLOUTS), sent)])
     assert all(parameter.grad is None for parameter in student.parameters())
 
 
@@ -520,8 +585,8 @@ def test_each_batch_carries_the_window_of_its_step():
     assert tensordict_utils.get(trainer._next_train_batch(), plugin.MAX_TOKENS) == 10
     trainer.window.steer(1.0)
     batch = trainer._next_train_batch()
-    assert tensordict_utils.get(batch, plugin.MAX_TOKENS) == 13
-    assert [tensordict_utils.get(part, plugin.MAX_TOKENS) for part in batch.chunk(2)] == [13, 13]
+    assert tensordict_utils.get(batch, plugin.MAX_TOKENS) == 12
+    assert [tensordict_utils.get(part, plugin.MAX_TOKENS) for part in batch.chunk(2)] == [12, 12]
 
 
 def test_without_a_window_the_whole_budget_is_sent():
@@ -547,7 +612,7 @@ def test_failed_rollouts_stop_the_run():
     """verl logs the error, pads the batch and goes on."""
     trainer = trainer_with(verl_config(), None, {})
     batch = KVBatchMeta(partition_id="train", keys=["a", "b"], tags=[{}, {}])
-    with pytest.raises(EngineError, match="6 of 8 rollouts failed"):
+    with pytest.raises(EngineError, match="2 of 4 rollouts failed"):
         trainer._balance_batch(batch, metrics={})
 
 
@@ -587,7 +652,7 @@ class Servers:
 
     def __init__(self, step) -> None:
         self.step, self.requests, self.scored = step, [], 0
-        self.student, self.teacher_model = step.student, teacher_of(tiny_model("qwen3", seed=3))
+        self.student, self.teacher_model = step.student, fixture.models()[1]
         self.teacher = self
 
     async def generate(self, request_id, *, prompt_ids, sampling_params, priority=0, **kwargs) -> TokenOutput:
@@ -651,11 +716,11 @@ def run_loop(servers, row, changes=None, **kwargs):
     return asyncio.run(go())
 
 
-@pytest.mark.parametrize("row", range(8))
+@pytest.mark.parametrize("row", range(ROLLOUTS))
 @pytest.mark.parametrize("chunk", [1, 3, 10])
 def test_a_rollout_ends_where_its_reliability_does(row, chunk):
     """At the very token where our step says that reliability is spent, whatever the chunk; its scores come along."""
-    servers = Servers(engine_steps()[0])
+    servers = Servers(our_steps()[0])
     result = servers.step.result
     output = run_loop(
         servers, row, IN_FLIGHT | {f"+{plugin.WHERE}.pruning.in_flight.chunk": chunk}, **{plugin.MAX_TOKENS: 10}
@@ -675,15 +740,14 @@ def test_a_rollout_ends_where_its_reliability_does(row, chunk):
 
 def test_some_rollouts_are_stopped_and_some_are_not():
     """Otherwise the test above would pass without stopping."""
-    result = engine_steps()[0].result
+    result = our_steps()[0].result
     spent = result.drift.effective_length < result.rollouts.lengths - 1
     assert spent.any() and not spent.all()
 
 
-@pytest.mark.parametrize("row", [1, 7])
-def test_a_rollout_that_ends_itself_is_not_asked_on(row):
+def test_a_rollout_that_ends_itself_is_not_asked_on():
     """Its last token fills the chunk exactly, and verl's server does not say why it stopped."""
-    servers = Servers(engine_steps()[1])
+    servers, row = Servers(our_steps()[1]), 3
     length = int(servers.step.result.rollouts.lengths[row])
     assert servers.step.result.rollouts.finished[row]
     output = run_loop(
@@ -693,13 +757,13 @@ def test_a_rollout_that_ends_itself_is_not_asked_on(row):
 
 
 def test_audit_rollouts_run_uncut():
-    servers = Servers(engine_steps()[0])
+    servers = Servers(our_steps()[0])
     audit = IN_FLIGHT | {f"+{plugin.WHERE}.pruning.in_flight.audit_share": 1}
     assert len(run_loop(servers, 3, audit, **{plugin.MAX_TOKENS: 10}).response_ids) == 10
 
 
 def test_by_the_teachers_nucleus_only_the_teacher_is_asked():
-    servers = Servers(engine_steps()[0])
+    servers = Servers(our_steps()[0])
     nucleus = IN_FLIGHT | {f"+{plugin.WHERE}.pruning.metric": "teacher_top_p_accept"}
     nucleus |= {f"+{plugin.WHERE}.pruning.teacher_top_p": 0.3, f"+{plugin.WHERE}.pruning.threshold": "null"}
     del nucleus[f"+{plugin.WHERE}.pruning.threshold"]
@@ -713,7 +777,7 @@ def test_by_the_teachers_nucleus_only_the_teacher_is_asked():
 
 
 def test_the_window_caps_training_prompts_and_validation_is_left_alone():
-    servers = Servers(engine_steps()[0])
+    servers = Servers(our_steps()[0])
     assert len(run_loop(servers, 0, None, **{plugin.MAX_TOKENS: 6}).response_ids) == 6
     assert servers.requests[-1][1]["max_tokens"] == 6
     for changes in (None, IN_FLIGHT):
@@ -724,7 +788,7 @@ def test_the_window_caps_training_prompts_and_validation_is_left_alone():
 
 def test_what_was_scored_in_flight_is_not_scored_again(monkeypatch):
     worker = plugin.PruneAgentLoopWorker.__new__(plugin.PruneAgentLoopWorker)
-    servers = Servers(engine_steps()[0])
+    servers = Servers(our_steps()[0])
     worker.distillation_enabled, worker.teacher_key, worker.teacher_server_manager = True, "data_source", servers
     output = run_loop(servers, 0, None, **{plugin.MAX_TOKENS: 6})
     arguments = dict(prompt_ids=output.prompt_ids, response_ids=output.response_ids, validate=False)

@@ -559,6 +559,7 @@ class PruneAgentLoop(SingleTurnAgentLoop):
 class _Reader:
     """A `TeacherStream` that hands on what was fetched before: verl's servers are asynchronous, the watcher is not."""
 
+    growth = 1.0  # what was fetched is looked at
     scores: TeacherScores | None = None
 
     def score(self, response_ids: Tensor, student: TopK, spans: Sequence[Span]) -> TeacherScores:
