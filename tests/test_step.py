@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 
 import numpy as np
@@ -37,6 +38,8 @@ BASE = {
     "training.max_grad_norm": 1e9,
 }
 IN_FLIGHT = {"pruning.in_flight.enable": True, "pruning.in_flight.chunk": 3, "pruning.in_flight.audit_share": 0.0}
+
+NOTHING_WEIGHS = {"pruning.threshold": 1.0, "pruning.w_drop": 1.0, "pruning.w_base": 0.0}
 
 
 def config_of(**settings):
@@ -203,6 +206,49 @@ def test_all_stopped_in_their_first_chunk_none_stopped_one_prompt():
     assert not nobody.rollouts.stopped.any() and not nobody.events.any()
     alone, _, _ = run_step(prompts=tiny_prompts()[:1], **IN_FLIGHT)
     assert len(alone.rollouts.lengths) == 1 and np.isfinite(alone.loss)
+
+
+@pytest.mark.parametrize("settings", [{}, IN_FLIGHT], ids=["window", "in-flight"])
+@pytest.mark.parametrize("normalization", ["token_mean", "weight_mean"])
+def test_a_batch_in_which_nothing_weighs_anything_is_a_skipped_update_with_a_warning(settings, normalization):
+    """Adam's momentum would move the weights by a gradient of zero; the mean over no weight would be NaN."""
+    student = tiny_model("qwen3", seed=3).train()
+    config = config_of(**settings, **NOTHING_WEIGHS, **{"objective.weight_normalization": normalization})
+    optimizer, window = build_optimizer(student, config)[0], build_window(config)
+    for parameter in student.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()  # so that there is a momentum
+    before = copy.deepcopy(student.state_dict())
+    with pytest.warns(UserWarning, match="step 1: no token carries weight; the update was skipped"):
+        result = prune_opd_step(
+            step=0,
+            prompts=tiny_prompts(),
+            student=student,
+            sampler=LocalSampler(student, pad_id=PAD, eos_ids=[EOS], vocab_size=VOCAB, slots=3),
+            teacher=LocalTeacher(tiny_model("qwen3", seed=9), vocab_size=VOCAB),
+            optimizer=optimizer,
+            window=window,
+            vocab_size=VOCAB,
+            config=config,
+        )
+    assert (result.weight == 0).all() and result.drift.effective_length.tolist() == [0] * len(tiny_prompts())
+    assert result.loss == 0 and result.grad_norm == 0 and result.window.misses == 1
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    assert all(math.isfinite(v) for v in metrics_of(result, config).values() if isinstance(v, float))
+
+
+@pytest.mark.parametrize("settings", [{}, IN_FLIGHT], ids=["window", "in-flight"])
+def test_a_prompt_that_fills_the_context_leaves_room_for_its_response(settings):
+    """Prompt and cap together are all positions the model has."""
+    student = tiny_model("qwen3", seed=3)
+    positions = student.config.max_position_embeddings
+    full = [2 + i % (VOCAB - 2) for i in range(positions - 12)]
+    result, before, after = run_step(student, prompts=[full, [5, 6]], **settings)
+    _, weight, _, loss, gradient = by_hand(before, related(before), result.rollouts, config_of())
+    assert result.rollouts.lengths[0] == 12 or result.rollouts.finished[0] or result.rollouts.stopped[0]
+    np.testing.assert_allclose(result.weight.numpy(), weight, atol=1e-6)
+    assert result.loss == pytest.approx(loss, rel=1e-5)
+    torch.testing.assert_close(gradients(after).double(), gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_nothing_moves_when_the_student_is_the_teacher():

@@ -17,7 +17,7 @@ LOSSES = ["topk_reverse_kl", "sampled_token", "forward_kl", "reverse_kl", "jsd"]
 GRADED = {"reward.function": "grade", "rollout.num_generations": 4}
 
 
-def even_tokens(rollouts) -> torch.Tensor:
+def even_tokens(numbers, rollouts) -> torch.Tensor:
     """Share of even token ids, and nothing for the third rollout."""
     mask = rollouts.response_mask
     rewards = ((rollouts.response_ids % 2 == 0) & mask).sum(-1).double() / mask.sum(-1)
@@ -70,7 +70,7 @@ def test_the_union_of_candidates_keeps_its_place_beside_the_sampled_token():
 @pytest.mark.parametrize("value", [1.0, 0.1, torch.nan])
 def test_rewards_that_are_all_equal_or_missing_change_nothing(value):
     same, _, with_reward = run_step(
-        reward=lambda rollouts: torch.full((len(rollouts.prompts),), value, dtype=torch.float64), **GRADED
+        reward=lambda numbers, rollouts: torch.full((len(rollouts.prompts),), value, dtype=torch.float64), **GRADED
     )
     plain, _, without = run_step()
     assert same.loss == pytest.approx(plain.loss, rel=1e-6)
@@ -131,8 +131,8 @@ def test_the_reward_alone_is_learnt():
     def share_after_training(sign: float) -> float:
         student = tiny_model("qwen3", seed=3)
         for step in range(10):
-            result, _, student = run_step(student, step=step, reward=lambda r: sign * even_tokens(r), **settings)
-        return even_tokens(result.rollouts).nanmean().item()
+            result, _, student = run_step(student, step=step, reward=lambda n, r: sign * even_tokens(n, r), **settings)
+        return even_tokens(result.numbers, result.rollouts).nanmean().item()
 
     assert share_after_training(1.0) > share_after_training(-1.0) + 0.2
 
@@ -140,7 +140,7 @@ def test_the_reward_alone_is_learnt():
 def test_metrics_of_the_reward():
     settings = GRADED | {"rollout.num_generations": 2}
     given = torch.tensor([1, 0, 1, 1, torch.nan, torch.nan, torch.nan, 0], dtype=torch.float64)
-    result, _, _ = run_step(reward=lambda rollouts: given, **settings)
+    result, _, _ = run_step(reward=lambda numbers, rollouts: given, **settings)
     found = metrics_of(result, config_of(**settings))
     assert found["reward/mean"] == pytest.approx(3 / 5)
     assert found["reward/std"] == pytest.approx(np.std([1, 0, 1, 1, 0]))

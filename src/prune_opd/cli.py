@@ -66,14 +66,19 @@ def train(
     from prune_opd.report.model_card import check_repo, push
     from prune_opd.report.report import write_report
     from prune_opd.training.checkpoint import latest_checkpoint
+    from prune_opd.training.distributed import launched
     from prune_opd.training.trainer import Trainer
 
     if output_dir is None and resume not in ("auto", "never"):
         output_dir = Path(resume).resolve().parents[1]
-    trainer = Trainer(config, output_dir or default_output_dir(recipe.stem), resume=resume, console=console)
-    if push_to_hub:
-        check_repo(push_to_hub)
-    totals = trainer.train()
+    with launched() as world:
+        run_dir = world.gather(output_dir or default_output_dir(recipe.stem))[0]  # clocks may differ
+        trainer = Trainer(config, run_dir, resume=resume, console=console, world=world)
+        if push_to_hub and world.rank == 0:
+            check_repo(push_to_hub)
+        totals = trainer.train()
+    if world.rank > 0:
+        return
     _say(
         f"trained in {totals.train_seconds:.0f} s on {totals.student_tokens:,} tokens; evaluation took "
         f"{totals.eval_seconds:.0f} s. Run directory: {trainer.run_dir}"

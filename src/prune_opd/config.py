@@ -184,6 +184,9 @@ class TrainingSection(Section):
     )
     seed: int = Field(0, ge=0, description="Seed of everything: order, sampling, initialisation of adapters.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps ...")
+    parallel: Literal["ddp", "fsdp2"] = Field(
+        "ddp", description="Under torchrun: each process holds all of the student and its AdamW state, or a shard."
+    )
     threads: int = Field(1, ge=0, description="CPU threads of torch (0 leaves it alone); one is best on busy cores.")
     save_every: PositiveInt = Field(50, description="Steps between checkpoints; the last step is always saved.")
     keep_last: PositiveInt = Field(2, description="Newest checkpoints kept.")

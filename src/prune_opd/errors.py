@@ -58,12 +58,13 @@ class EngineError(PruneOPDError, RuntimeError):
 class NonFiniteError(PruneOPDError, ArithmeticError):
     """Logits, the loss, a gradient or a weight became NaN or infinite; raised before the weights are touched.
 
-    rollouts: the batch of the step; rows (B,) bool: those where it was seen. None where nobody knows.
+    rollouts: the batch of the step, and `numbers`: which of the step's rollouts they are; rows (B,) bool: those where
+    it was seen. None where nobody knows.
     """
 
-    def __init__(self, message: str, *, rollouts: Any = None, rows: Any = None) -> None:
+    def __init__(self, message: str, *, rollouts: Any = None, numbers: Any = None, rows: Any = None) -> None:
         super().__init__(message)
-        self.rollouts, self.rows = rollouts, rows
+        self.rollouts, self.numbers, self.rows = rollouts, numbers, rows
 
 
 class RunInterrupted(PruneOPDError, InterruptedError):

@@ -27,9 +27,9 @@ from prune_opd.types import TeacherScores, TopK
 AUDIT_STREAM = 2  # of random numbers; training samples from 0, evaluation from 1
 
 
-def audited(seed: int, step: int, batch: int, share: float) -> Tensor:
-    """(B,) bool: the audit rollouts of a step, drawn once from (seed, step, rollout)."""
-    return rollout_uniforms(seed, step, range(batch), 1, stream=AUDIT_STREAM).squeeze(-1) < share
+def audited(seed: int, step: int, rollouts: Sequence[int], share: float) -> Tensor:
+    """(B,) bool: which of these rollouts of a step are audit rollouts, drawn once from (seed, step, rollout)."""
+    return rollout_uniforms(seed, step, rollouts, 1, stream=AUDIT_STREAM).squeeze(-1) < share
 
 
 class InFlightStop:

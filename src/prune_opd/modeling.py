@@ -15,6 +15,7 @@ from torch import Tensor
 from prune_opd.core.head import OutputHead
 from prune_opd.errors import ModelError
 from prune_opd.types import Packed
+from prune_opd.world import whole
 
 PROBE_TOKENS = 4
 PROBE_LOGIT = 50.0  # as large as logits get: a soft-cap of 30 or 100 shows, which it would not at 0.1
@@ -49,7 +50,8 @@ def output_head(model: torch.nn.Module) -> OutputHead:
     config = causal_lm.config.get_text_config()
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
-    head = OutputHead(linear.weight, linear.bias, scale=scale, softcap=softcap)
+    bias = None if linear.bias is None else whole(linear.bias)
+    head = OutputHead(whole(linear.weight), bias, scale=scale, softcap=softcap)
     if causal_lm not in _verified:
         _verify(causal_lm, head, name)
         _verified.add(causal_lm)

@@ -22,6 +22,8 @@ Source: arXiv 2605.07804. Where we differ from it, and why:
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -53,6 +55,7 @@ from prune_opd.sampling.base import Sampler, rollout_uniforms
 from prune_opd.teachers.base import Teacher
 from prune_opd.tracking.metrics import Stopwatch
 from prune_opd.types import Packed, Rollouts, TeacherScores, pack
+from prune_opd.world import ALONE, World, whole
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -60,11 +63,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did. events, weight (B, T) · audit (B,) bool · spent_at (B,) as in `DriftMonitor`, when in flight ·
-    rewards (B,) float64 of the task, NaN where it gave none; None without one · loss: teacher's per
-    `weight_normalization`, in nats, and the task's · packed_tokens: columns that the update fed, padding included.
+    """What one step did. numbers: which of the step's rollouts these are (a rank's share) · events, weight (B, T) ·
+    audit (B,) bool · spent_at (B,) as in `DriftMonitor`, when in flight · rewards (B,) float64 of the task, NaN where
+    it gave none; None without one · loss, of all ranks: teacher's per `weight_normalization`, in nats, and the task's ·
+    packed_tokens: columns that the update fed, padding included.
     """
 
+    numbers: Sequence[int]
     rollouts: Rollouts
     scores: TeacherScores
     events: Tensor
@@ -91,13 +96,18 @@ def prune_opd_step(
     window: TrainingWindow | None,
     vocab_size: int,
     config: Config,
-    reward: Callable[[Rollouts], Tensor] | None = None,
+    reward: Callable[[Sequence[int], Rollouts], Tensor] | None = None,
+    world: World = ALONE,
 ) -> StepResult:
     """Sample, score, weigh, update, steer the window. `window` None: every response may use the whole budget.
 
-    reward: what the task says of each rollout, (B,) float64, NaN where nothing; `config.rollout.num_generations`
-    consecutive rollouts are one prompt's.
+    reward: given which of the prompts they answer, what the task says of each rollout, (B,) float64, NaN where nothing;
+    `config.rollout.num_generations` consecutive prompts are the same one.
 
+    Each rank of `world` is given all prompts and takes its share. Rollouts, loss, gradient and window are those of one
+    process, whatever the number of ranks.
+
+    Where no token carries weight there is nothing to learn: a warning, and no update (momentum would move the weights).
     Raises NonFiniteError, with the rollouts and before the weights are touched, when logits of student or teacher, the
     loss or the gradient are NaN or infinite.
     """
@@ -107,28 +117,30 @@ def prune_opd_step(
 
     # 1. The student answers on its own policy, up to the window; in flight, the teacher reads along and may end it.
     max_length = window.length if window else config.rollout.max_completion_length
-    audit = audited(training.seed, step, len(prompts), pruning.in_flight.audit_share)
+    numbers = world.share([len(prompt) + max_length for prompt in prompts])
+    prompts = [prompts[number] for number in numbers]
+    audit = audited(training.seed, step, numbers, pruning.in_flight.audit_share)
     in_flight = None
-    if config.stops_in_flight:
+    if config.stops_in_flight and prompts:
         stream = teacher.stream(prompts, max_length, top_k=objective.top_k, slots=config.rollout.slots)
         in_flight = InFlightStop(stream, pruning, audit, watch)
     with watch.phase("rollout"):
         rollouts = sampler.sample(
             prompts,
-            rollout_uniforms(training.seed, step, range(len(prompts)), max_length),
+            rollout_uniforms(training.seed, step, numbers, max_length),
             temperature=config.rollout.temperature,
             top_p=config.rollout.top_p,
             top_k=objective.top_k,
             watcher=in_flight,
         )
     assert rollouts.student is not None
-    check_student(step + 1, rollouts)
+    check_student(step + 1, numbers, rollouts, world)
 
     # 2. The teacher scores every position: its own top-k, the student's candidates, the sampled token.
     with watch.phase("teacher"):
         width = rollouts.response_ids.shape[1]
         scores = in_flight.scores_of(width) if in_flight else teacher.score(rollouts, top_k=objective.top_k)
-    check_teacher(step + 1, rollouts, scores)
+    check_teacher(step + 1, numbers, rollouts, scores, world)
 
     # 3. Drift: events, what they leave of reliability, and the weight that follows.
     with watch.phase("drift"):
@@ -143,46 +155,56 @@ def prune_opd_step(
     rewards = advantage = None
     if reward is not None:
         with watch.phase("reward"):
-            rewards = reward(rollouts)
-            of_rollout = group_advantage(rewards, config.rollout.num_generations).float().to(device)
-            advantage = of_rollout.unsqueeze(-1).expand(mask.shape)
+            rewards = reward(numbers, rollouts)
+            everyone = group_advantage(world.in_order(numbers, rewards), config.rollout.num_generations)
+            advantage = everyone[numbers].float().to(device).unsqueeze(-1).expand(mask.shape)
 
     # 5. The objective on the kept tokens. Gradients of loss sums add up, so the grouping into micro-batches is free.
     with watch.phase("update"):
-        tokens = float(mask.sum())
-        denominator = tokens if objective.weight_normalization == "token_mean" else float(weight.sum()) or 1.0
+        tokens, weighed = world.sum(float(mask.sum())), world.sum(float(weight.sum()))
+        denominator = tokens if objective.weight_normalization == "token_mean" else weighed
+        teacher_factor = config.reward.opd_kl_coef / denominator if weighed else 0.0
         loss_sum, packed_tokens = 0.0, 0
         optimizer.zero_grad(set_to_none=True)
-        for part in pack(rollouts, training.micro_batch_tokens):
+        for part in world.even(pack(rollouts, training.micro_batch_tokens), device):
             with torch.autocast(device.type, torch.bfloat16, enabled=training.bf16):
                 hidden = hidden_states(student, packed_inputs(student, part))[part.row, part.column]
             of_teacher, of_task = loss_sums(
                 student, hidden, vocab_size, rollouts, scores, weight, advantage, part, teacher, objective
             )
-            loss = config.reward.opd_kl_coef * of_teacher.loss / denominator
-            if of_task is not None:
+            loss = teacher_factor * of_teacher.loss
+            if of_task is not None and tokens:
                 loss = loss + of_task.loss / tokens
-            if not torch.isfinite(loss):
-                raise NonFiniteError(
-                    f"step {step + 1}: the loss is {loss.item()}; the weights were not updated", rollouts=rollouts
-                )
             loss.backward()
             loss_sum += loss.item()
             packed_tokens += part.input_ids.numel()
+        loss_sum = world.sum(loss_sum)
+        if not math.isfinite(loss_sum):
+            raise NonFiniteError(
+                f"step {step + 1}: the loss is {loss_sum}; the weights were not updated",
+                rollouts=rollouts,
+                numbers=numbers,
+            )
 
-        # 6. One optimiser step on the mean over the whole batch.
+        # 6. One optimiser step on the mean over the whole batch, of all ranks.
         parameters = [p for p in student.parameters() if p.grad is not None]
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
+        world.sum_gradients(parameters)
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm))
         if not torch.isfinite(grad_norm):
             raise NonFiniteError(
                 f"step {step + 1}: the gradient norm is {grad_norm.item()}; the weights were not updated",
                 rollouts=rollouts,
+                numbers=numbers,
             )
-        optimizer.step()
+        if weighed or (advantage is not None and tokens):
+            optimizer.step()
+        else:
+            warnings.warn(f"step {step + 1}: no token carries weight; the update was skipped", stacklevel=2)
 
     # 7. How far reliability reached decides how long the next responses may be.
-    change = window.update(drift.effective_length) if window else None
+    change = window.update(world.in_order(numbers, drift.effective_length.cpu())) if window else None
     return StepResult(
+        numbers=numbers,
         rollouts=rollouts,
         scores=scores,
         events=events,

@@ -91,6 +91,12 @@ class Packed:
     rollout: Tensor
     position: Tensor
 
+    @staticmethod
+    def empty(device: torch.device | str = "cpu") -> Packed:
+        """One column of padding and no kept token: its loss is 0, and so is the gradient of every parameter."""
+        one, none = torch.zeros(1, 1, dtype=torch.long, device=device), torch.empty(0, dtype=torch.long, device=device)
+        return Packed(one, one, one, none, none, none, none)
+
 
 FULL_ENOUGH = 0.95
 """Rows that share a micro-batch are filled to at least this share of its width, so padding stays below 1 - this."""

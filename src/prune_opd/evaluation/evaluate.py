@@ -18,6 +18,7 @@ from prune_opd.data.prompts import Prompt
 from prune_opd.errors import DataError
 from prune_opd.sampling.base import Sampler, rollout_uniforms
 from prune_opd.types import Rollouts
+from prune_opd.world import ALONE, World
 
 EVALUATION_STREAM = 1  # training samples from stream 0, so the two never share a random number
 
@@ -54,12 +55,14 @@ def evaluate(
     responses_path: Path | None = None,
     problems_at_once: int | None = None,
     on_progress: Callable[[int, int], None] = lambda problems, right: None,
+    world: World = ALONE,
 ) -> Evaluation:
     """Sample k answers to each prompt and grade them.
 
     The random numbers depend on `seed` alone, so that two checkpoints, or two arms, differ by their weights alone. All
     problems are sampled in one go unless `problems_at_once` says how many; on_progress(problems done, right answers so
     far) is called after each go. responses_path: every answer goes there as one JSON line, as soon as it is graded.
+    Ranks share the problems and know the whole result; on_progress and responses_path see a rank's own.
     DataError when a prompt has nothing to grade against.
     """
     ungraded = next((p for p in prompts if not p.is_gradable), None)
@@ -75,20 +78,23 @@ def evaluate(
     lengths, finished = np.zeros((len(prompts), k), dtype=int), np.zeros((len(prompts), k), dtype=bool)
     with ExitStack() as stack:
         file = stack.enter_context(responses_path.open("w", encoding="utf-8")) if responses_path else None
-        for start in range(0, len(prompts), at_once):
-            stop = min(start + at_once, len(prompts))
+        mine = range(world.rank, len(prompts), world.size)
+        most = len(range(0, len(prompts), world.size))  # of rank 0: all ranks sample equally often
+        for start in range(0, most, at_once):
+            batch = list(mine[start : start + at_once])
+            numbers = [problem * k + sample for problem in batch for sample in range(k)]
             sampling_began = time.perf_counter()
             rollouts = sampler.sample(
-                [prompt.token_ids for prompt in prompts[start:stop] for _ in range(k)],
-                rollout_uniforms(seed, 0, range(start * k, stop * k), settings.max_tokens, stream=EVALUATION_STREAM),
+                [prompts[problem].token_ids for problem in batch for _ in range(k)],
+                rollout_uniforms(seed, 0, numbers, settings.max_tokens, stream=EVALUATION_STREAM),
                 temperature=settings.temperature,
                 top_p=settings.top_p,
             )
-            lengths[start:stop] = rollouts.lengths.reshape(-1, k).cpu()
-            finished[start:stop] = rollouts.finished.reshape(-1, k).cpu()
+            lengths[batch] = rollouts.lengths.reshape(-1, k).cpu()
+            finished[batch] = rollouts.finished.reshape(-1, k).cpu()
             sample_seconds += time.perf_counter() - sampling_began
             for row, text in enumerate(response_texts(rollouts, tokenizer)):
-                problem, sample = start + row // k, row % k
+                problem, sample = batch[row // k], row % k
                 prompt = prompts[problem]
                 right[problem, sample] = prompt.is_right(text)
                 if file:
@@ -103,7 +109,9 @@ def evaluate(
                         "finished": bool(finished[problem, sample]),
                     }
                     print(json.dumps(record), file=file, flush=True)
-            on_progress(stop, int(right.sum()))
+            on_progress(start + len(batch), int(right.sum()))
+    # What a rank did not sample is zero there.
+    right, lengths, finished = (sum(parts) for parts in zip(*world.gather((right, lengths, finished)), strict=True))
     per_problem, counts = right.mean(axis=1), right.sum(axis=1)
     chances = {j: [pass_at_k(k, int(c), j) for c in counts] for j in _powers_of_two_and(k)}
     return Evaluation(

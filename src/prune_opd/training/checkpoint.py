@@ -13,6 +13,8 @@ import os
 import pickle
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, TypeVar
@@ -21,29 +23,26 @@ import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, StringConstraints, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from prune_opd.config import Config
 from prune_opd.core.window import TrainingWindow
 from prune_opd.errors import CheckpointError, NonFiniteError, StorageError
+from prune_opd.training import distributed
 from prune_opd.training.files import storage_errors, sync, write_json
+from prune_opd.world import ALONE, World
 
 # What may differ between the run that saved and the run that resumes; anything else would be another experiment.
 FREE_TO_CHANGE = {("model", "teacher_model_server_url")} | {
     ("training", name)
     for name in (
         *("steps", "save_every", "keep_last", "keep_every", "max_skipped_steps"),
-        *("threads", "device", "micro_batch_tokens", "gradient_checkpointing"),
+        *("threads", "device", "parallel", "micro_batch_tokens", "gradient_checkpointing"),
     )
 }
 FREE_SECTIONS = {"tracking", "evaluation"}
-
-# What safetensors, torch.load and load_state_dict raise on files that are not what they should be.
-UNREADABLE = (
-    *(OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError),
-    *(SafetensorError, pickle.UnpicklingError),
-)
 
 MANIFEST, STATE = "manifest.json", "trainer_state.json"
 
@@ -124,16 +123,20 @@ def save_checkpoint(
     config: Config,
     unlogged: dict[str, Any] | None = None,
     card: str = "",
+    world: World = ALONE,
 ) -> Path:
     """Write `folder/step_N`, read it back from the disk against its manifest, and return it.
 
-    card: what its README.md says to whoever loads the model.
+    card: what its README.md says to whoever loads the model. All ranks call it and rank 0 writes, except that of a
+    sharded student each rank writes its share of the optimiser.
 
     Raises NonFiniteError when a weight is NaN or infinite, and StorageError when it cannot be written whole; earlier
     checkpoints stay as they were.
     """
-    broken = next((name for name, p in model.named_parameters() if p.requires_grad and not p.isfinite().all()), None)
-    if broken is not None:
+    held = ((name, getattr(p, "to_local", lambda p=p: p)()) for name, p in model.named_parameters() if p.requires_grad)
+    broken = world.gather(next((name for name, values in held if not values.isfinite().all()), None))
+    if any(broken):
+        broken = next(name for name in broken if name)
         raise NonFiniteError(f"step {step}: the weight {broken} is not finite, so no checkpoint of it was written")
     final, aside = folder / f"step_{step}", folder / f".step_{step}.partial"
     state = TrainerState(
@@ -147,14 +150,24 @@ def save_checkpoint(
     random_state = {"cpu": torch.get_rng_state()}
     if torch.accelerator.is_available():
         random_state["accelerator"] = torch.get_device_module().get_rng_state()
+    sharded = distributed.is_sharded(model)
     try:
         with storage_errors(final):
-            aside.mkdir(parents=True)
+            if world.rank == 0:
+                aside.mkdir(parents=True)
+            world.gather(None)  # the folder is there
+            weights = distributed.whole_weights(model, world) if sharded else None
+            if sharded:
+                distributed.save_optimizer_shards(aside / "optimizer", model, optimizer)
+            if world.rank > 0:
+                world.gather(None)  # the folder has its name
+                return final
             # One file whatever the size, so that reading it back needs no index.
-            model.save_pretrained(aside, max_shard_size="1TB")
+            model.save_pretrained(aside, max_shard_size="1TB", state_dict=weights)
             tokenizer.save_pretrained(aside)
             (aside / "README.md").write_text(card, encoding="utf-8")
-            torch.save({"optimizer": optimizer.state_dict(), "random": random_state}, aside / "optimizer.pt")
+            bulk = {"random": random_state} | ({} if sharded else {"optimizer": optimizer.state_dict()})
+            torch.save(bulk, aside / "optimizer.pt")
             write_json(aside / STATE, state.model_dump(mode="json"))
             files = sorted(path for path in aside.rglob("*") if path.is_file())
             for path in files:
@@ -182,57 +195,75 @@ def save_checkpoint(
             f"{final} could not be written ({error}); free some space or repair the disk, then continue with "
             "--resume auto"
         ) from error
+    world.gather(None)
     if damage:
         raise StorageError(f"{final} was written but reads back damaged ({damage}); check the disk")
     return final
 
 
-def load_checkpoint(
-    checkpoint: Path,
-    *,
-    model: torch.nn.Module,
-    optimizer: Optimizer,
-    schedule: LRScheduler,
-    window: TrainingWindow | None,
-    config: Config,
-) -> TrainerState:
-    """Put everything back; returns what was saved. Raises CheckpointError when it cannot or must not be used."""
-    damage = damage_of(checkpoint)
+def load_weights(checkpoint: Path, model: torch.nn.Module, config: Config) -> None:
+    """Put the student's weights back, before it is sharded.
+
+    Raises CheckpointError when the checkpoint is not whole, is of another recipe, or does not fit.
+    """
     try:
+        damage = damage_of(checkpoint)
         if damage:
             raise CheckpointError(damage)
         state = _read(checkpoint / STATE, TrainerState)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint} is damaged or incomplete ({error}); resume from an earlier one") from None
     check_same_recipe(state.config, config, str(checkpoint))
-    try:
+    with _misfit(checkpoint):
         if hasattr(model, "peft_config"):
             from peft import set_peft_model_state_dict
 
             set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
         else:
             load_model(model, checkpoint / "model.safetensors")  # knows tied weights; strict
+
+
+def load_training_state(
+    checkpoint: Path,
+    *,
+    model: torch.nn.Module,
+    optimizer: Optimizer,
+    schedule: LRScheduler,
+    window: TrainingWindow | None,
+) -> TrainerState:
+    """Put back everything else, after `load_weights`; returns what was saved. CheckpointError when it does not fit.
+
+    The optimiser's state is shards if the student was sharded and one file if not; either goes into either, at any
+    number of ranks.
+    """
+    state = _read(checkpoint / STATE, TrainerState)
+    with _misfit(checkpoint):
         bulk = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
-        optimizer.load_state_dict(bulk["optimizer"])
+        if "optimizer" in bulk:
+            distributed.load_whole_optimizer(bulk["optimizer"], optimizer)
+        else:
+            distributed.load_optimizer_shards(checkpoint / "optimizer", model, optimizer)
         schedule.load_state_dict(state.schedule)
         if window is not None and state.window is not None:
             window.load_state_dict(state.window)
         torch.set_rng_state(bulk["random"]["cpu"])
         if "accelerator" in bulk["random"] and torch.accelerator.is_available():
             torch.get_device_module().set_rng_state(bulk["random"]["accelerator"])
+    return state
+
+
+@contextmanager
+def _misfit(checkpoint: Path) -> Iterator[None]:
+    """What safetensors, torch.load and load_state_dict raise on files that are not what they should be."""
+    try:
+        yield
     except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        LookupError,
-        TypeError,
-        SafetensorError,
-        pickle.UnpicklingError,
+        *(OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError),
+        *(SafetensorError, CheckpointException, pickle.UnpicklingError),
     ) as error:
         raise CheckpointError(
             f"{checkpoint} does not fit this model or is damaged ({error}); resume from an earlier one"
         ) from error
-    return state
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:

@@ -22,24 +22,25 @@ def write_skipped(
 ) -> None:
     """Add the rollouts with a NaN or an infinity to skipped.jsonl, or all of the batch when no single one has it.
 
-    prompts: one for each rollout.
+    prompts: of each of the step's rollouts.
     """
     rollouts = error.rollouts
     if rollouts is None:
         return
-    rows = error.rows.nonzero().flatten().tolist() if error.rows is not None else range(len(prompts))
+    rows = error.rows.nonzero().flatten().tolist() if error.rows is not None else range(len(error.numbers))
     for row in rows:
+        number = error.numbers[row]
         ids = rollouts.response_ids[row, : rollouts.lengths[row]].tolist()
         append_json(
             path,
             {
                 "step": step,
                 "reason": str(error),
-                "rollout": row,
-                "source": prompts[row].source,
-                "prompt": prompts[row].text,
+                "rollout": number,
+                "source": prompts[number].source,
+                "prompt": prompts[number].text,
                 "response": tokenizer.decode(ids),
-                "prompt_ids": list(prompts[row].token_ids),
+                "prompt_ids": list(prompts[number].token_ids),
                 "response_ids": ids,
             },
         )

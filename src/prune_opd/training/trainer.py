@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
@@ -30,6 +31,7 @@ from prune_opd.evaluation.evaluate import Evaluation, evaluate, response_texts
 from prune_opd.report.logs import read_lines, trained
 from prune_opd.report.model_card import model_card
 from prune_opd.rewards import GRADE, load_reward
+from prune_opd.sampling.base import Sampler
 from prune_opd.sampling.local import LocalSampler
 from prune_opd.step import StepResult, prune_opd_step
 from prune_opd.tracking.console import step_view
@@ -42,14 +44,15 @@ from prune_opd.tracking.metrics import (
 )
 from prune_opd.tracking.rollouts import rollout_record
 from prune_opd.tracking.trackers import Log, start_trackers
-from prune_opd.training import models
+from prune_opd.training import distributed, models
 from prune_opd.training.checkpoint import (
     Totals,
     check_same_recipe,
     checkpoint_bytes,
     checkpoints,
     latest_checkpoint,
-    load_checkpoint,
+    load_training_state,
+    load_weights,
     remove_old_checkpoints,
     save_checkpoint,
     tidy,
@@ -69,6 +72,7 @@ from prune_opd.training.files import (
 )
 from prune_opd.training.signals import EvaluationStopped, StopSignals
 from prune_opd.types import Rollouts
+from prune_opd.world import ALONE, World
 
 LOGS = ("metrics.jsonl", "drift.jsonl", "rollouts.jsonl", "skipped.jsonl")
 
@@ -82,12 +86,20 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, output_dir: str | Path, *, resume: str = "never", console: Console | None = None
+        self,
+        config: Config,
+        output_dir: str | Path,
+        *,
+        resume: str = "never",
+        console: Console | None = None,
+        world: World = ALONE,
     ) -> None:
-        self.config, self.console = config, console or Console()
+        self.config, self.world = config, world
+        self.console = (console or Console()) if world.rank == 0 else Console(quiet=True)
         self.run_dir = Path(output_dir)
         check_writable(self.run_dir)
         checkpoint = self._find_checkpoint(resume)
+        world.gather(None)  # every rank has seen the directory as it was
         disable_progress_bar()  # of transformers, which would draw over ours
 
         if config.training.threads:
@@ -107,29 +119,29 @@ class Trainer:
             else []
         )
         self.student = models.load_student(config, device)
+        if checkpoint is not None:
+            load_weights(checkpoint, self.student, config)
         longest = max(config.rollout.max_completion_length, config.evaluation.max_tokens if self.eval_prompts else 0)
         models.check_context(self.student, names[0], config.data.max_prompt_length + longest)
         self.teacher, self.vocab_size = build_teacher(config, self.student, self.tokenizer, self.run_dir, device=device)
-        self.sampler = LocalSampler(
+        self.sampler: Sampler = LocalSampler(
             self.student,
             pad_id=self.tokenizer.pad_token_id,
             eos_ids=models.end_ids(self.student, self.tokenizer),
             vocab_size=self.vocab_size,
             slots=config.rollout.slots,
         )
+        if config.training.parallel == "fsdp2" and world.size > 1:
+            self.sampler = distributed.WholeWeightsSampler(self.sampler, self.student)
+            distributed.shard(self.student)
         self.window = build_window(config)
         self.optimizer, self.schedule = build_optimizer(self.student, config)
         self.totals, self.steps_done = Totals(), 0
         self.unlogged: dict[str, Any] | None = None  # the record of a step whose evaluation a signal cut off
 
         if checkpoint is not None:
-            state = load_checkpoint(
-                checkpoint,
-                model=self.student,
-                optimizer=self.optimizer,
-                schedule=self.schedule,
-                window=self.window,
-                config=config,
+            state = load_training_state(
+                checkpoint, model=self.student, optimizer=self.optimizer, schedule=self.schedule, window=self.window
             )
             self.steps_done, self.totals, self.unlogged = state.step, state.totals, state.unlogged
             self.console.print(f"resumed from {checkpoint} after step {self.steps_done}", soft_wrap=True)
@@ -148,8 +160,11 @@ class Trainer:
         """
         with storage_errors(self.run_dir):
             self.run_dir.mkdir(parents=True, exist_ok=True)
-        with only_writer(self.run_dir), StopSignals() as signals:
-            self._begin()
+        writes = self.world.rank == 0
+        with only_writer(self.run_dir) if writes else contextlib.nullcontext(), StopSignals() as signals:
+            if writes:
+                self._begin()
+            self.world.gather(None)  # the directory is as the run needs it
             self._run(signals)
         return self.totals
 
@@ -164,7 +179,7 @@ class Trainer:
                 with storage_errors(path):
                     os.truncate(path, end)
         write_json(self.run_dir / "config.json", self.config.model_dump())
-        write_json(self.run_dir / "env.json", environment(self.student.device))
+        write_json(self.run_dir / "env.json", environment(self.student.device) | {"processes": self.world.size})
         remember_teacher(self.teacher, self.run_dir)
         self.trackers = start_trackers(self.config.tracking.report_to, self.run_dir, self.config.model_dump())
 
@@ -181,40 +196,44 @@ class Trainer:
                 try:
                     record = self._step(step)
                 except ServerError as error:  # nothing of this step was learnt; what stands is the one before
-                    if step and not (self.run_dir / "checkpoints" / f"step_{step}").exists():
+                    saved = (self.run_dir / "checkpoints" / f"step_{step}").exists()
+                    if step and not saved and self.world.size == 1:  # other ranks may not have met the error
                         self._save()
+                        saved = True
                     raise ServerError(
-                        f"{error}; stopped after step {step}{', saved' if step else ''}; continue with --resume auto "
+                        f"{error}; stopped after step {step}{', saved' if saved else ''}; continue with --resume auto "
                         f"--output-dir {self.run_dir}"
                     ) from error
-                if "skipped" not in record:
+                if self.world.rank == 0 and "skipped" not in record:
                     show(record)
                 self.steps_done = done
                 if self.eval_prompts and (last or done % evaluation.every == 0):
                     self._evaluate_and_log(record, signals)
                 else:
                     self._log(record)
-                if last or done % training.save_every == 0 or signals.received:
+                signal = next(filter(None, self.world.gather(signals.received)), None)  # it may have met some ranks yet
+                if last or done % training.save_every == 0 or signal:
                     self._save()
-                if signals.received and not last:
-                    self._stop(signals)
+                if signal and not last:
+                    self._stop(signal)
 
     def _evaluate_and_log(self, record: dict[str, Any], signals: StopSignals) -> None:
         """Complete the record of a step by an evaluation. A signal cuts it off: it is done again after the resume."""
         try:
-            with signals.interruptible():
+            # Ranks wait for each other at the end of an evaluation, so none may leave it early.
+            with signals.interruptible() if self.world.size == 1 else contextlib.nullcontext():
                 found = self._evaluate(record["step"])
         except EvaluationStopped:
             if self.steps_done:
                 self.unlogged = record
                 self._save()
-            self._stop(signals)
+            self._stop(signals.received)
         self._log(record | found)
         self.unlogged = None
 
-    def _stop(self, signals: StopSignals) -> NoReturn:
+    def _stop(self, signal: str | None) -> NoReturn:
         raise RunInterrupted(
-            f"{signals.received}: stopped after step {self.steps_done} of {self.config.training.steps}, "
+            f"{signal}: stopped after step {self.steps_done} of {self.config.training.steps}, "
             f"{'saved' if self.steps_done else 'before there was anything to save'}; continue with "
             f"--resume auto --output-dir {self.run_dir}"
         )
@@ -236,10 +255,15 @@ class Trainer:
                 vocab_size=self.vocab_size,
                 config=self.config,
                 reward=functools.partial(self._rewards, of_rollout) if self.reward else None,
+                world=self.world,
             )
         except NonFiniteError as error:
             return self._skip(step, prompts, error, began)
         self.schedule.step()
+        of_all_ranks = distributed.merged(result, self.world)
+        if of_all_ranks is None:  # rank 0 writes for all
+            return {"step": step + 1}
+        result = of_all_ranks
         seconds = time.perf_counter() - began
         record = metrics_of(result, self.config)
         self.totals.train_seconds += seconds
@@ -262,10 +286,10 @@ class Trainer:
             "skipped_steps": self.totals.skipped_steps,
         }
 
-    def _rewards(self, prompts: list[Prompt], rollouts: Rollouts) -> torch.Tensor:
+    def _rewards(self, prompts: list[Prompt], numbers: Sequence[int], rollouts: Rollouts) -> torch.Tensor:
         """(B,) float64: the task's reward of each rollout, NaN where it has none."""
         assert self.reward is not None
-        rewards = self.reward(prompts, list(response_texts(rollouts, self.tokenizer)))
+        rewards = self.reward([prompts[number] for number in numbers], list(response_texts(rollouts, self.tokenizer)))
         if self.config.reward.mask_truncated_completions:
             rewards = rewards.masked_fill(~rollouts.finished.cpu(), torch.nan)
         return rewards
@@ -277,7 +301,8 @@ class Trainer:
         """
         path, totals, limit = self.run_dir / "skipped.jsonl", self.totals, self.config.training.max_skipped_steps
         each = [prompt for prompt in prompts for _ in range(self.config.rollout.num_generations)]
-        write_skipped(path, step + 1, each, error, self.tokenizer)
+        if self.world.rank == 0:
+            write_skipped(path, step + 1, each, error, self.tokenizer)
         totals.skipped_steps += 1
         totals.student_tokens += error.rollouts.generated if error.rollouts else 0  # they were paid for
         self.optimizer.zero_grad(set_to_none=True)
@@ -320,7 +345,9 @@ class Trainer:
         self.console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def _evaluate(self, step: int) -> dict[str, Any]:
-        found: Evaluation = evaluate(self.sampler, self.tokenizer, self.eval_prompts, self.config.evaluation)
+        found: Evaluation = evaluate(
+            self.sampler, self.tokenizer, self.eval_prompts, self.config.evaluation, world=self.world
+        )
         self.totals.eval_seconds += found.seconds
         low, high = found.ci95
         self.console.print(
@@ -339,12 +366,12 @@ class Trainer:
         }
 
     def _save(self) -> None:
-        began = time.perf_counter()
-        for name in LOGS:  # so that a checkpoint on the disk has its log on the disk
+        began, writes = time.perf_counter(), self.world.rank == 0
+        for name in LOGS if writes else ():  # so that a checkpoint on the disk has its log on the disk
             if (self.run_dir / name).exists():
                 with storage_errors(self.run_dir / name):
                     sync(self.run_dir / name)
-        card = model_card(self.run_dir)
+        card = model_card(self.run_dir) if writes else None
         saved = save_checkpoint(
             self.run_dir / "checkpoints",
             step=self.steps_done,
@@ -357,7 +384,10 @@ class Trainer:
             config=self.config,
             unlogged=self.unlogged,
             card=str(card),
+            world=self.world,
         )
+        if card is None:
+            return
         with storage_errors(self.run_dir / "README.md"):
             card.save(self.run_dir / "README.md")
         self._remove_old_checkpoints()
@@ -465,6 +495,8 @@ class Trainer:
         return [record for record in read_lines(path) if trained(record)] if path.is_file() else []
 
     def _log(self, record: dict[str, Any]) -> None:
+        if self.world.rank > 0:
+            return
         append_json(self.run_dir / "metrics.jsonl", record)
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
         for log in self.trackers:
