@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from prune_opd.config import EvaluationSection, load_config
-from prune_opd.errors import PruneOPDError, RunInterrupted
+from prune_opd.errors import ConfigError, PruneOPDError, RunInterrupted
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -92,13 +92,26 @@ def train(
 @app.command(
     epilog="Examples:\n\n"
     "prune-opd compare recipes/quickstart.toml --arms opd,prune\n\n"
-    "prune-opd compare recipes/high.toml --arms opd,prune,fixed:64 --seeds 3 --output-dir runs/high"
+    "prune-opd compare recipes/high.toml --arms opd,prune,fixed:64,ramp,replay --seeds 3 --output-dir runs/high\n\n"
+    "prune-opd compare recipes/high.toml --arms opd,random --reference runs/high --output-dir runs/high-random"
 )
 def compare(
     recipe: Recipe,
-    arms: Annotated[str, typer.Option(help="Comma-separated: opd, prune, fixed:N.")] = "opd,prune",
+    arms: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated, the first is what the others are held against: opd, prune, prune-inflight, "
+            "prune-topp, weights-only, window-only, fixed:N, ramp, replay, random."
+        ),
+    ] = "opd,prune",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds each arm runs with.")] = 1,
     first_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Finished run, or comparison, that ramp, replay and random follow. Default: arm prune."),
+    ] = None,
+    parallel: Annotated[int, typer.Option(min=1, help="Runs at the same time; more than 1 spoils the timings.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the comparison in --output-dir.")] = False,
     set_: Settings = None,
     output_dir: OutputDir = None,
     quiet: Quiet = False,
@@ -116,6 +129,9 @@ def compare(
         seeds=range(first_seed, first_seed + seeds),
         output_dir=output_dir,
         console=console,
+        reference=reference,
+        resume=resume,
+        parallel=parallel,
     )
     _say(f"report: {write_report([output_dir])}")
 
@@ -198,6 +214,45 @@ def report(
     from prune_opd.report.report import write_report
 
     _say(f"report: {write_report(runs, output)}")
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "prune-opd replay runs/mine --threshold 0.6,0.7,0.8\n\n"
+    "prune-opd replay runs/mine --metric overlap_ratio,overlap_mass --w-drop 0.005,0.01,0.02\n\n"
+    "prune-opd replay runs/mine --metric teacher_top_p_accept --teacher-top-p 0.9,0.95"
+)
+def replay(
+    run_dir: Annotated[Path, typer.Argument(help="Directory of any run, one of plain OPD too.")],
+    threshold: Annotated[
+        str, typer.Option(help="Comma-separated thresholds γ. Default: 0.5 to 0.9, and the run's own.")
+    ] = "",
+    w_drop: Annotated[str, typer.Option(help="Comma-separated. Default: the run's own.")] = "",
+    metric: Annotated[
+        str, typer.Option(help="Comma-separated: overlap_ratio, overlap_mass, teacher_top_p_accept. Default: its own.")
+    ] = "",
+    teacher_top_p: Annotated[str, typer.Option(help="Comma-separated, for its metric. Default: the run's own.")] = "",
+    json_path: Annotated[Path | None, typer.Option("--json", help="Default: RUN_DIR/replay.json.")] = None,
+) -> None:
+    """What other drift settings would have kept of a finished run: from its log, without a model."""
+    from prune_opd.replay import replay as run_replay
+
+    run_replay(
+        run_dir,
+        thresholds=_numbers("--threshold", threshold),
+        w_drops=_numbers("--w-drop", w_drop),
+        metrics=[name.strip() for name in metric.split(",") if name.strip()],
+        top_ps=_numbers("--teacher-top-p", teacher_top_p),
+        console=console,
+        json_path=json_path,
+    )
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ConfigError(f"{option} {text!r} is no list of numbers; write it as {option} 0.6,0.7,0.8") from None
 
 
 def _say(text: str) -> None:

@@ -12,7 +12,7 @@ import tomllib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
@@ -152,16 +152,32 @@ class PruningSection(Section):
 
     enable: bool = Field(True, description="Weights and window from drift; off is plain OPD.")
     metric: DriftMetric = Field("overlap_ratio", description="Compatibility of student and teacher at a position.")
-    threshold: float = Field(0.7, ge=0, le=1, description="γ: compatibility below it is a drift event.")
+    threshold: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(
+        0.7, description="γ: compatibility below it is a drift event. auto: found before training from the pair itself."
+    )
     teacher_top_p: float = Field(0.95, gt=0, le=1, description="Teacher nucleus of metric teacher_top_p_accept.")
     w_drop: float = Field(0.01, ge=0, le=1, description="Reliability lost per drift event.")
     w_base: float = Field(0.5, ge=0, description="Weight that stays when reliability is gone.")
+    reweight: bool = Field(
+        True, description="Weigh tokens by reliability; off, every token has weight 1 and drift steers lengths alone."
+    )
     positive_eps: float = Field(1e-8, ge=0, lt=1, description="Reliability at or below it counts as gone.")
     dynamic_response_length: DynamicResponseLengthSection = Field(
         default_factory=DynamicResponseLengthSection, description="The training window."
     )
     in_flight: InFlightSection = Field(default_factory=InFlightSection, description="Stopping in flight.")
     repetition: RepetitionSection = Field(default_factory=RepetitionSection, description="The repetition guard.")
+
+
+class ControlSection(Section):
+    """What `compare` holds Prune-OPD against; no part of the method. One entry for each step; `compare` writes them."""
+
+    lengths: list[PositiveInt] | None = Field(
+        None, description="Longest response of each step, in place of the window: arms ramp and replay."
+    )
+    kept_tokens: list[PositiveInt] | None = Field(
+        None, description="Tokens of each step that train, at random positions, in place of weights: arm random."
+    )
 
 
 class TrainingSection(Section):
@@ -202,6 +218,7 @@ class EvaluationSection(Section):
     """Validation during training, on held-out problems; its time is reported apart."""
 
     data: str | None = Field(None, description="Like data.train; task:chain_sum draws from its held-out problems.")
+    split: str | None = Field(None, description="Split of evaluation.data; unset, that of data.split.")
     every: PositiveInt = Field(20, description="Steps between evaluations; the last step is always evaluated.")
     num_problems: PositiveInt = Field(100, description="Problems used, the first ones of the data.")
     k: PositiveInt = Field(16, description="Samples of each problem: Avg@k.")
@@ -228,6 +245,7 @@ class Config(Section):
     objective: ObjectiveSection = Field(default_factory=ObjectiveSection, description="Loss.")
     reward: RewardSection = Field(default_factory=RewardSection, description="The task's reward.")
     pruning: PruningSection = Field(default_factory=PruningSection, description="Drift and window.")
+    control: ControlSection = Field(default_factory=ControlSection, description="Controls of `compare`.")
     training: TrainingSection = Field(default_factory=TrainingSection, description="Optimisation.")
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="Validation.")
     tracking: TrackingSection = Field(default_factory=TrackingSection, description="Logging.")
@@ -238,6 +256,17 @@ class Config(Section):
         return self.pruning.enable and self.pruning.dynamic_response_length.enable
 
     @property
+    def weighs_tokens(self) -> bool:
+        """Whether a token's weight is its reliability; else it is 1."""
+        return self.pruning.enable and self.pruning.reweight
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the threshold is found before training."""
+        pruning = self.pruning
+        return pruning.enable and pruning.threshold == "auto" and pruning.metric != "teacher_top_p_accept"
+
+    @property
     def stops_in_flight(self) -> bool:
         """Whether a rollout ends while it is generated."""
         return self.pruning.enable and self.pruning.in_flight.enable
@@ -246,6 +275,10 @@ class Config(Section):
     def teacher_ends_with_reliability(self) -> bool:
         """Whether the teacher's signal is dropped where reliability is gone, so that the task reward goes on alone."""
         return self.pruning.enable and self.reward.function is not None and self.reward.after_drift == "task_only"
+
+    def with_threshold(self, threshold: float) -> Config:
+        """A copy with γ in place of "auto"."""
+        return self.model_copy(update={"pruning": self.pruning.model_copy(update={"threshold": threshold})})
 
     def with_settings(self, **changes: Any) -> Config:
         """A copy with dotted settings changed, checked again: ``with_settings(**{"training.seed": 1})``."""
@@ -346,6 +379,12 @@ def settings_without_effect(config: Config) -> Iterator[tuple[str, str]]:
     if objective.loss != "jsd":
         for name in written(objective, "objective", "jsd_beta"):
             yield name, f"loss is {objective.loss}"
+    if not pruning.reweight:
+        for name in written(pruning, "pruning", "w_base") if pruning.enable else ():
+            yield name, "pruning.reweight is false"
+    if (config.evaluation.data or "").startswith(("task:", "reasoning_gym:")):
+        for name in written(config.evaluation, "evaluation", "split"):
+            yield name, "the task of evaluation.data has held-out problems of its own"
     if config.evaluation.data is None:
         for name in written(config.evaluation, "evaluation"):
             if name != "evaluation.data":
@@ -373,6 +412,11 @@ def _check_conflicts(config: Config, where: str) -> None:
         served, objective = config.model.teacher_server, config.objective
         if config.model.teacher_model_server_url == []:
             raise ConfigError(f"{where}: model.teacher_model_server_url lists no server; name one, or leave it out")
+        if config.calibrates:
+            raise ConfigError(
+                f'{where}: pruning.threshold = "auto" has the teacher write responses, which a served one is not asked '
+                "to; set a number, for example one that a run on fewer steps with the teacher in this process found"
+            )
         if served.top_logprobs < objective.top_k:
             raise ConfigError(
                 f"{where}: model.teacher_server.top_logprobs = {served.top_logprobs} is below objective.top_k "
@@ -396,6 +440,7 @@ def _check_conflicts(config: Config, where: str) -> None:
                 f"{where}: reward.function needs rollout.num_generations >= 2, got {config.rollout.num_generations}: a "
                 "rollout is compared with others of its prompt; raise it, or take the reward out"
             )
+    _check_controls(config, where)
     if config.training.warmup_steps >= config.training.steps:
         raise ConfigError(
             f"{where}: training.warmup_steps = {config.training.warmup_steps} leaves none of training.steps = "
@@ -406,6 +451,31 @@ def _check_conflicts(config: Config, where: str) -> None:
         raise ConfigError(
             f"{where}: training.keep_every = {keep_every} is no multiple of training.save_every = {save_every}, so the "
             "checkpoints to keep would never be written; change one of them"
+        )
+
+
+def _check_controls(config: Config, where: str) -> None:
+    control, budget = config.control, config.rollout.max_completion_length
+    for name, entries in control:
+        if entries is not None and len(entries) < config.training.steps:
+            raise ConfigError(
+                f"{where}: control.{name} has {len(entries)} entries for training.steps = {config.training.steps}; "
+                "it needs one for each step"
+            )
+    if control.lengths and max(control.lengths) > budget:
+        raise ConfigError(
+            f"{where}: control.lengths goes up to {max(control.lengths)}, above rollout.max_completion_length = "
+            f"{budget}; lower the one or raise the other"
+        )
+    if control.lengths and config.window_is_dynamic:
+        raise ConfigError(
+            f"{where}: control.lengths and the training window both set the length; switch the window off with "
+            "pruning.dynamic_response_length.enable = false, or pruning.enable = false"
+        )
+    if control.kept_tokens and config.weighs_tokens:
+        raise ConfigError(
+            f"{where}: control.kept_tokens and reliability both set the weights; set pruning.reweight = false, or "
+            "pruning.enable = false"
         )
 
 
@@ -524,8 +594,9 @@ def _section_type(annotation: Any) -> type[BaseModel] | None:
 
 
 def _explain(error: Any) -> str:
-    # pydantic also names the member of a union that it tried, as in list[str].
-    name = ".".join(str(part) for part in error["loc"] if "[" not in str(part))
+    # pydantic also names the member of a union that it tried, as in list[str] or constrained-float.
+    parts = (str(part) for part in error["loc"])
+    name = ".".join(part for part in parts if "[" not in part and not part.startswith("constrained-"))
     if error["type"] == "extra_forbidden":
         near = _nearest(name)
         hint = f"did you mean {near}?" if near else "see docs/configuration.md for the settings there are"

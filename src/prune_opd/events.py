@@ -16,6 +16,7 @@ def drift_events(response_ids: Tensor, mask: Tensor, student: TopK, teacher: Top
     response_ids (B, T), mask (B, T) valid positions. An event depends on its own position and, with the repetition
     guard, on tokens before it, so chunks of a rollout give the events of the whole.
     """
+    assert pruning.threshold != "auto", "a threshold is calibrated before the first step"
     match pruning.metric:
         case "overlap_ratio":
             events = topk_overlap(student.ids, teacher.ids) < pruning.threshold

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from prune_opd.config import Config, ObjectiveSection
+from prune_opd.controls import LengthSchedule, random_tokens
 from prune_opd.core.drift import DriftReport, drift_report
 from prune_opd.core.head import candidate_logprobs
 from prune_opd.core.objective import (
@@ -93,7 +94,7 @@ def prune_opd_step(
     sampler: Sampler,
     teacher: Teacher,
     optimizer: Optimizer,
-    window: TrainingWindow | None,
+    window: TrainingWindow | LengthSchedule | None,
     vocab_size: int,
     config: Config,
     reward: Callable[[Sequence[int], Rollouts], Tensor] | None = None,
@@ -147,9 +148,11 @@ def prune_opd_step(
         mask = rollouts.response_mask
         events = drift_events(rollouts.response_ids, mask, rollouts.student, scores.topk, pruning)
         drift = drift_report(events, mask, w_drop=pruning.w_drop, w_base=pruning.w_base, eps=pruning.positive_eps)
-        weight = drift.weight if pruning.enable else mask.float()
+        weight = drift.weight if config.weighs_tokens else mask.float()
         if config.teacher_ends_with_reliability:
             weight = weight.masked_fill(drift.reliability <= pruning.positive_eps, 0)
+        if config.control.kept_tokens:  # the control of `compare` that prunes at random
+            weight = random_tokens(mask, config.control.kept_tokens[step], seed=training.seed, step=step)
 
     # 4. A task that can check answers adds how much better a rollout was than the others of its prompt, on every token.
     rewards = advantage = None

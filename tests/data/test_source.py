@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from prune_opd.config import DataSection
 from prune_opd.data.source import held_out_prompts, training_prompts
+from prune_opd.errors import DataError
 
 
 @pytest.fixture
@@ -47,3 +48,12 @@ def test_each_epoch_has_every_prompt_once_and_an_order_of_its_own(tokenizer, fil
     assert len({tuple(epoch) for epoch in epochs}) > 1
     assert [text for step in range(12) for text in order(0, step, 2)] == sum(epochs, [])  # whatever the step's size
     assert [order(1, step) for step in range(8)] != epochs
+
+
+def test_validation_has_a_split_of_its_own(tokenizer, tmp_path):
+    """As on the Hub: problems to train on in one split, a benchmark that has a test split only in another data set."""
+    (tmp_path / "test.jsonl").write_text(json.dumps({"prompt": "7+7"}) + "\n")
+    data = DataSection(train="elsewhere")  # whose split is "train"
+    with pytest.raises(DataError, match="no file of split 'train'"):
+        held_out_prompts(str(tmp_path), data, tokenizer, count=3)
+    assert [p.text for p in held_out_prompts(str(tmp_path), data, tokenizer, count=3, split="test")] == ["7+7"]

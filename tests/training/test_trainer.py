@@ -22,8 +22,6 @@ from prune_opd.errors import (
     TokenizerError,
 )
 from prune_opd.evaluation.graders import grade
-from prune_opd.training import compare as compare_module
-from prune_opd.training.compare import arm_config, compare, spread
 from prune_opd.training.models import resolve_model
 from prune_opd.training.trainer import Trainer
 from tests.openai_server import serving
@@ -44,6 +42,12 @@ SMALL = [
     "evaluation.max_tokens=30",
 ]
 IN_FLIGHT = ["pruning.in_flight.enable=true", "pruning.in_flight.chunk=8", "pruning.w_drop=0.2"]
+CONTROLS = [
+    "pruning.enable=false",
+    "control.lengths=[16, 24, 20, 40]",
+    "control.kept_tokens=[9, 30, 20, 50]",
+    "objective.weight_normalization=weight_mean",
+]
 SECONDS = ("time/", "eta_seconds")
 
 
@@ -68,7 +72,7 @@ def copy_of_student(folder) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("settings", [[], IN_FLIGHT], ids=["window", "in-flight"])
+@pytest.mark.parametrize("settings", [[], IN_FLIGHT, CONTROLS], ids=["window", "in-flight", "controls"])
 def test_a_run_that_was_cut_off_and_resumed_is_the_run_that_was_not(tmp_path, settings):
     run(tmp_path / "whole", *settings)
     run(tmp_path / "cut", *settings, "training.steps=2")
@@ -190,48 +194,6 @@ def test_settings_that_do_not_fit_the_models(tmp_path):
         (tmp_path / "prompts.jsonl").write_text("")
         run(tmp_path / "data", f"data.train={tmp_path / 'prompts.jsonl'}")
     assert not any((tmp_path / name).exists() for name in ("k", "long", "name", "data")), "nothing was begun"
-
-
-# ---- compare ----
-
-
-def test_arms_differ_by_what_they_say_and_share_the_rest():
-    config = load_config(RECIPE)
-    opd, prune, inflight, fixed = (arm_config(config, a, 3) for a in ("opd", "prune", "prune-inflight", "fixed:64"))
-    assert not opd.pruning.enable and not opd.window_is_dynamic and prune.window_is_dynamic
-    assert inflight.stops_in_flight and not prune.stops_in_flight and not opd.stops_in_flight
-    assert fixed.rollout.max_completion_length == 64 and not fixed.pruning.enable
-    for arm in (opd, prune, inflight, fixed):
-        assert arm.training.seed == 3 and arm.evaluation == config.evaluation and arm.data == config.data
-    for wrong in ("prun", "fixed:", "fixed:0", "fixed:99999", "opd:4"):
-        with pytest.raises(ConfigError, match="arm"):
-            arm_config(config, wrong, 0)
-
-
-def test_compare_writes_what_it_promises(tmp_path):
-    arms = ["opd", "prune", "fixed:20"]
-    config = load_config(RECIPE, [*SMALL, "training.steps=2"])
-    results = compare(config, arms=arms, seeds=range(1, 3), output_dir=tmp_path / "out", console=quiet())
-    assert json.loads((tmp_path / "out/compare.json").read_text())["arms"][0]["arm"] == "opd"
-    assert [a["arm"] for a in results["arms"]] == arms and all(a["seeds"] == [1, 2] for a in results["arms"])
-    first = {a["arm"]: a["runs"][0]["evaluations"][0]["accuracy"] for a in results["arms"]}
-    assert len(set(first.values())) == 1, "before training all arms are the same model on the same problems"
-    by_arm = {a["arm"]: a for a in results["arms"]}
-    assert by_arm["prune"]["student_tokens"]["mean"] < by_arm["opd"]["student_tokens"]["mean"]
-    assert by_arm["opd"]["train_seconds"]["mean"] > 0 and by_arm["opd"]["eval_seconds"]["mean"] > 0
-    with pytest.raises(RunDirectoryError):
-        compare(config, arms=arms, seeds=range(1), output_dir=tmp_path / "out", console=quiet())
-    with pytest.raises(ConfigError, match="twice"):
-        compare(config, arms=["opd", "opd"], seeds=range(1), output_dir=tmp_path / "new", console=quiet())
-
-
-def test_spread_is_students_t():
-    """Hand values: mean 2, sd 1, t(2 df) 4.303."""
-    found = spread([1.0, 2.0, 3.0])
-    assert found["mean"] == 2 and found["std"] == 1
-    assert found["ci95"][1] == pytest.approx(2 + 4.303 / 3**0.5, abs=1e-3)
-    assert spread([5.0]) == {"mean": 5.0, "std": None, "ci95": None}
-    assert compare_module.BASELINE == "opd"
 
 
 @pytest.mark.parametrize("settings", [[], IN_FLIGHT], ids=["window", "in-flight"])

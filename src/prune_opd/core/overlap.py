@@ -39,6 +39,20 @@ def overlap_mass(
     return student_logprobs.exp().masked_fill(~shared, 0).sum(-1)
 
 
+def mass_above(
+    response_ids: Int[Tensor, "B T"], teacher_ids: Int[Tensor, "B T K"], teacher_logprobs: Float[Tensor, "B T K"]
+) -> Float[Tensor, "B T"]:
+    """Teacher probability, float64, of the tokens that it ranks above the sampled one; +inf if y_t is not among the K.
+
+    Teacher ids need not be sorted; of equally likely tokens the one that is listed first ranks first.
+    """
+    logprobs, order = teacher_logprobs.sort(dim=-1, descending=True, stable=True)
+    probs = logprobs.double().exp()
+    above = probs.cumsum(-1) - probs
+    sampled = teacher_ids.gather(-1, order) == response_ids.unsqueeze(-1)
+    return above.masked_fill(~sampled, torch.inf).amin(-1)
+
+
 def nucleus_accept(
     response_ids: Int[Tensor, "B T"],
     teacher_ids: Int[Tensor, "B T K"],
@@ -48,9 +62,6 @@ def nucleus_accept(
     """True where the sampled token y_t lies in the teacher's nucleus: the smallest set of tokens with mass ≥ top_p.
 
     A token is inside when the mass ranked above it is still below top_p. When the K returned tokens hold less than
-    top_p together, all K are the nucleus. Teacher ids need not be sorted. Source: method.md §2, the stricter control.
+    top_p together, all K are the nucleus. Source: method.md §2, the stricter control.
     """
-    logprobs, order = teacher_logprobs.sort(dim=-1, descending=True, stable=True)
-    probs = logprobs.double().exp()
-    inside = probs.cumsum(-1) - probs < top_p
-    return ((teacher_ids.gather(-1, order) == response_ids.unsqueeze(-1)) & inside).any(-1)
+    return mass_above(response_ids, teacher_ids, teacher_logprobs) < top_p

@@ -136,15 +136,18 @@ def training_prompts(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, s
 
 
 def held_out_prompts(
-    source: str, data: DataSection, tokenizer: PreTrainedTokenizerBase, *, count: int
+    source: str, data: DataSection, tokenizer: PreTrainedTokenizerBase, *, count: int, split: str | None = None
 ) -> Sequence[Prompt]:
-    """The first `count` validation problems of `source`; the same ones for every seed and arm."""
+    """The first `count` validation problems of `source`; the same ones for every seed and arm.
+
+    `data` says how they are read and written, and which split they are from unless `split` does.
+    """
     if source.startswith(TASK_PREFIX):
         _check_task(source, "evaluation.data")
         return task_prompts("held_out", tokenizer, seed=0, count=count)
     if source.startswith(GYM_PREFIX):
         return gym_prompts(source, data, tokenizer, seeds=range(HELD_OUT_SEEDS), count=count)
-    return _load(source, data, tokenizer).prompts[:count]
+    return _load(source, data.model_copy(update={"split": split or data.split}), tokenizer).prompts[:count]
 
 
 def _load(source: str, data: DataSection, tokenizer: PreTrainedTokenizerBase):

@@ -174,7 +174,12 @@ def missing(run: Run) -> Iterator[str]:
         why = "has no result yet" if run.config["evaluation"]["data"] else "is off (evaluation.data is not set)"
         yield f"Evaluation {why}, so there is no accuracy."
     if not run.config["pruning"]["enable"]:
-        yield "Pruning is off: every token has weight 1, and effective length is only what drift would have left."
+        weights = (
+            "tokens to train on are drawn at random"
+            if run.config.get("control", {}).get("kept_tokens")
+            else ("every token has weight 1")
+        )
+        yield f"Pruning is off: {weights}, and effective length is only what drift would have left."
     if not (run.path / "drift.jsonl").is_file() and run.steps:
         yield "drift.jsonl is not there, so overlap by position, weights and drift onset are not shown."
     if not (run.path / "rollouts.jsonl").is_file() and run.steps:

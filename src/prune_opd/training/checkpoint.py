@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from prune_opd.config import Config
+from prune_opd.controls import LengthSchedule
 from prune_opd.core.window import TrainingWindow
 from prune_opd.errors import CheckpointError, NonFiniteError, StorageError
 from prune_opd.training import distributed
@@ -118,7 +119,7 @@ def save_checkpoint(
     tokenizer: Any,
     optimizer: Optimizer,
     schedule: LRScheduler,
-    window: TrainingWindow | None,
+    window: TrainingWindow | LengthSchedule | None,
     totals: Totals,
     config: Config,
     unlogged: dict[str, Any] | None = None,
@@ -229,7 +230,7 @@ def load_training_state(
     model: torch.nn.Module,
     optimizer: Optimizer,
     schedule: LRScheduler,
-    window: TrainingWindow | None,
+    window: TrainingWindow | LengthSchedule | None,
 ) -> TrainerState:
     """Put back everything else, after `load_weights`; returns what was saved. CheckpointError when it does not fit.
 

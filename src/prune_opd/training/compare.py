@@ -2,52 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import math
-import re
+import multiprocessing
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from prune_opd.config import Config
 from prune_opd.errors import ConfigError, RunDirectoryError
-from prune_opd.evaluation.evaluate import bootstrap_ci95
+from prune_opd.training.arms import (
+    FOLLOW_REFERENCE,
+    FOLLOWED,
+    Reference,
+    arm_config,
+    check_arms,
+    read_reference,
+    run_order,
+)
+from prune_opd.training.results import plot_results, results_table, run_record, write_results
 from prune_opd.training.trainer import Trainer
-
-BASELINE = "opd"
-QUANTITIES = ("train_seconds", "eval_seconds", "student_tokens", "teacher_tokens")
-
-
-def arm_config(config: Config, arm: str, seed: int) -> Config:
-    """The recipe as one arm runs it.
-
-    opd: no pruning, whole budget · prune: weights and window, nothing stopped in flight (the paper) · prune-inflight:
-    the same, and drifted rollouts stop while they are generated · fixed:N: no pruning, responses cut at N tokens.
-    """
-    settings: dict[str, Any] = {"training.seed": seed, "pruning.enable": arm.startswith("prune")}
-    match re.fullmatch(r"(opd|prune|prune-inflight)|fixed:(\d+)", arm):
-        case re.Match() as found:
-            if settings["pruning.enable"]:
-                settings["pruning.in_flight.enable"] = arm == "prune-inflight"
-            if found[2]:
-                length, budget = int(found[2]), config.rollout.max_completion_length
-                if not 1 <= length <= budget:
-                    raise ConfigError(f"arm {arm!r}: the cut must lie in 1..{budget} (rollout.max_completion_length)")
-                settings["rollout.max_completion_length"] = length
-        case None:
-            raise ConfigError(
-                f"unknown arm {arm!r}; there are opd, prune, prune-inflight and fixed:N (N tokens, as in fixed:256)"
-            )
-    if arm == "prune" and not config.window_is_dynamic:
-        warnings.warn("arm prune: pruning.dynamic_response_length.enable is false; nothing is cut", stacklevel=2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that pruning settings have no effect in other arms is the point of them
-        return config.with_settings(**settings)
 
 
 def compare(
@@ -57,125 +33,98 @@ def compare(
     seeds: Sequence[int],
     output_dir: Path,
     console: Console,
+    reference: Path | None = None,
+    resume: bool = False,
+    parallel: int = 1,
 ) -> dict[str, Any]:
-    """Train every arm with every seed, one after the other; returns and writes what `compare.json` holds.
+    """Train every arm with every seed; returns and writes what `compare.json` holds, and compare.csv and the plot.
 
-    Arms alternate within a seed, so that a machine that slows down slows all of them. `output_dir` must be new.
+    Runs go one after the other, arms alternating within a seed, so that a machine that slows down slows all of them;
+    arms that follow another run after it.
+    `reference`: a finished run with a window, or the output of another comparison with arm prune, for the arms that
+    follow one; else they follow arm prune of this comparison. `output_dir` must be new unless `resume`: then finished
+    runs are kept and the others go on from their last checkpoint. `parallel`: runs at the same time, each in a process
+    of its own; their times are those of a machine that was shared, and a warning says so.
     """
-    if len(set(arms)) < len(arms):
-        raise ConfigError(f"an arm is named twice in {','.join(arms)}; name each once")
-    configs = {(arm, seed): arm_config(config, arm, seed) for seed in seeds for arm in arms}
+    check_arms(config, arms, references=reference is not None)
     if config.evaluation.data is None:
         raise ConfigError("compare needs held-out problems to compare on; set evaluation.data in the recipe")
-    if output_dir.exists() and any(output_dir.iterdir()):
-        raise RunDirectoryError(f"{output_dir} exists and is not empty; choose another --output-dir")
-    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
-    for i, ((arm, seed), its_config) in enumerate(configs.items(), start=1):
-        console.rule(f"arm {arm}, seed {seed} ({i} of {len(configs)})")
-        run_dir = output_dir / f"{arm.replace(':', '-')}-seed{seed}"
-        totals = Trainer(its_config, run_dir, console=console).train()
-        records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        evaluations = [r for r in records if "eval/accuracy" in r]
-        runs[arm].append(
-            {
-                "seed": seed,
-                "accuracy": evaluations[-1]["eval/accuracy"],
-                "per_problem": evaluations[-1]["eval/per_problem"],
-                "evaluations": [
-                    {
-                        "step": r["step"],
-                        "accuracy": r["eval/accuracy"],
-                        "train_seconds": r.get("time/train_so_far", 0.0),
-                        "mean_length": r["eval/mean_length"],
-                        "eos_rate": r["eval/eos_rate"],
-                    }
-                    for r in evaluations
-                ],
-                "window": [
-                    r["prune_opd/current_max_response_length"]
-                    for r in records
-                    if "prune_opd/current_max_response_length" in r  # not at step 0, nor at a skipped step
-                ],
-                **{name: getattr(totals, name) for name in QUANTITIES},
-            }
+    if output_dir.exists() and any(output_dir.iterdir()) and not resume:
+        raise RunDirectoryError(
+            f"{output_dir} exists and is not empty; choose another --output-dir, or go on with --resume"
         )
-        write_results(output_dir, config, runs)
-    results = write_results(output_dir, config, runs)
-    console.print(results_table(results))
-    console.print(f"written to {output_dir / 'compare.json'}")
-    return results
-
-
-def write_results(output_dir: Path, config: Config, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Write `compare.json` of the runs so far, so that a comparison that is interrupted keeps what it has."""
-    arms = [summarise(arm, of_arm) for arm, of_arm in runs.items() if of_arm]
-    baseline = next((arm for arm in arms if arm["arm"] == BASELINE), None)
-    if baseline is not None:
-        for arm in arms:
-            for name in ("train_seconds", "student_tokens"):
-                arm[f"{name}_saving"] = 1 - arm[name]["mean"] / baseline[name]["mean"]
-    results = {"arms": arms, "recipe": config.model_dump()}
-    (output_dir / "compare.json").write_text(json.dumps(results, indent=1) + "\n")
-    return results
-
-
-def summarise(arm: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """One arm over its seeds. The accuracy's interval resamples problems (each averaged over seeds)."""
-    per_problem = np.mean([run["per_problem"] for run in runs], axis=0)
-    accuracy = spread([run["accuracy"] for run in runs]) | {"ci95": bootstrap_ci95(per_problem)}
-    kept = [{name: value for name, value in run.items() if name != "per_problem"} for run in runs]
-    return {
-        "arm": arm,
-        "seeds": [run["seed"] for run in runs],
-        "accuracy": accuracy,
-        **{name: spread([run[name] for run in runs]) for name in QUANTITIES},
-        "runs": kept,
+    given = {
+        seed: read_reference(_reference_dir(reference, seed), config, seed)
+        for seed in (seeds if reference and set(arms) & set(FOLLOW_REFERENCE) else ())
     }
-
-
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, standard deviation over seeds, and the 95% t-interval of the mean (null with one seed)."""
-    mean, count = float(np.mean(values)), len(values)
-    if count == 1:
-        return {"mean": mean, "std": None, "ci95": None}
-    std = float(np.std(values, ddof=1))
-    # 97.5% quantiles of Student's t for 1, 2, 3, ... degrees of freedom; 1.96 beyond.
-    quantiles = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-    half = (quantiles[count - 2] if count - 2 < len(quantiles) else 1.96) * std / math.sqrt(count)
-    return {"mean": mean, "std": std, "ci95": (mean - half, mean + half)}
-
-
-def results_table(results: dict[str, Any]) -> Table:
-    """The comparison as people read it."""
-    seeds = results["arms"][0]["seeds"]
-    table = Table(title=f"held-out accuracy and cost, {len(seeds)} seed{'s' * (len(seeds) > 1)}, equal steps")
-    headings = (
-        "arm",
-        "accuracy",
-        "95%",
-        "training s",
-        "validation s",
-        "student tokens",
-        "teacher tokens",
-        "time saved",
-    )
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "arm" else "right")
-    for arm in results["arms"]:
-        low, high = arm["accuracy"]["ci95"]
-        saving = arm.get("train_seconds_saving")
-        table.add_row(
-            arm["arm"],
-            _with_std(arm["accuracy"], 3),
-            f"{low:.3f}-{high:.3f}",
-            _with_std(arm["train_seconds"], 1),
-            f"{arm['eval_seconds']['mean']:.1f}",
-            f"{arm['student_tokens']['mean']:,.0f}",
-            f"{arm['teacher_tokens']['mean']:,.0f}",
-            "-" if saving is None or arm["arm"] == BASELINE else f"{saving:.1%}",
+    if parallel > 1:
+        warnings.warn(
+            f"{parallel} runs at the same time slow each other down: compare accuracy and tokens, not times",
+            stacklevel=2,
         )
-    return table
+    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for arm, record in _all_runs(config, arms, seeds, given, output_dir, console, resume, parallel):
+        runs[arm] = sorted([*runs[arm], record], key=lambda run: run["seed"])
+        results = write_results(output_dir, config, runs)
+    for suffix in ("png", "svg"):
+        plot_results(results, output_dir / f"accuracy_over_time.{suffix}")
+    console.print(results_table(results))
+    console.print(f"written to {output_dir}: compare.json, compare.csv, accuracy_over_time.png and .svg")
+    return results
 
 
-def _with_std(value: dict[str, Any], digits: int) -> str:
-    return f"{value['mean']:.{digits}f}" + (f" ± {value['std']:.{digits}f}" if value["std"] is not None else "")
+def _all_runs(
+    config: Config,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    given: dict[int, Reference],
+    output_dir: Path,
+    console: Console,
+    resume: bool,
+    parallel: int,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(arm, record) of each run as it ends."""
+    count = len(arms) * len(seeds)
+
+    def prepared(arm: str, seed: int) -> tuple[Config, Path, int, bool]:
+        followed = given.get(seed)
+        if followed is None and arm in FOLLOW_REFERENCE and FOLLOWED in arms:
+            followed = read_reference(_run_dir(output_dir, FOLLOWED, seed), config, seed)
+        return arm_config(config, arm, seed, followed), _run_dir(output_dir, arm, seed), seed, resume
+
+    if parallel == 1:
+        for i, (seed, arm) in enumerate(((seed, arm) for seed in seeds for arm in run_order(arms)), start=1):
+            console.rule(f"arm {arm}, seed {seed} ({i} of {count})")
+            arguments = prepared(arm, seed)
+            if lengths := arguments[0].control.lengths:
+                console.print(f"lengths: {lengths[0]} at first, {lengths[-1]} at the end", highlight=False)
+            yield arm, _run(*arguments, console)
+        return
+
+    waves = [arm for arm in arms if arm not in FOLLOW_REFERENCE], [arm for arm in arms if arm in FOLLOW_REFERENCE]
+    done = 0
+    # Spawned, not forked: a fork of a process that has run torch threads may hang.
+    with ProcessPoolExecutor(parallel, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for wave in waves:
+            started = [(seed, arm, pool.submit(_run, *prepared(arm, seed))) for seed in seeds for arm in wave]
+            for seed, arm, run in started:
+                record, done = run.result(), done + 1
+                console.print(f"arm {arm}, seed {seed} done ({done} of {count}): {record['accuracy']:.1%} right")
+                yield arm, record
+
+
+def _run(config: Config, run_dir: Path, seed: int, resume: bool, console: Console | None = None) -> dict[str, Any]:
+    trainer = Trainer(config, run_dir, resume="auto" if resume else "never", console=console or Console(quiet=True))
+    return run_record(run_dir, seed, vars(trainer.train()))
+
+
+def _run_dir(output_dir: Path, arm: str, seed: int) -> Path:
+    return output_dir / f"{arm.replace(':', '-')}-seed{seed}"
+
+
+def _reference_dir(reference: Path | None, seed: int) -> Path:
+    """The run for this seed: of a comparison, its prune run; else the run that was given."""
+    assert reference is not None
+    of_comparison = _run_dir(reference, FOLLOWED, seed)
+    return of_comparison if of_comparison.is_dir() else reference

@@ -41,6 +41,7 @@ class Memory:
     activations: int | None = None
     logits: int | None = None
     cache_training: int | None = None
+    cache_teacher: int | None = None
     cache_evaluation: int | None = None
 
     @property
@@ -53,9 +54,10 @@ class Memory:
         """Weights, gradients and optimiser state stay; sampling and the update take turns on top of them."""
         resident = (self.student, self.gradients, self.optimizer, self.teacher)
         update = (self.activations, self.logits)
-        if None in (*resident, *update, self.cache_training, self.cache_evaluation):
+        rollout = (self.cache_training, self.cache_teacher)
+        if None in (*resident, *update, *rollout, self.cache_evaluation):
             return None
-        return _total(resident) + max(_total(update), self.cache_training or 0, self.cache_evaluation or 0)
+        return _total(resident) + max(_total(update), _total(rollout), self.cache_evaluation or 0)
 
 
 def describe_plan(config: Config) -> str:
@@ -77,6 +79,8 @@ def describe_plan(config: Config) -> str:
 
 def longest_response(config: Config) -> int:
     """The most tokens that a response of this run can have in training."""
+    if config.control.lengths:
+        return max(config.control.lengths)
     if config.window_is_dynamic:
         return config.pruning.dynamic_response_length.max_len
     return config.rollout.max_completion_length
@@ -85,6 +89,8 @@ def longest_response(config: Config) -> int:
 def most_response_tokens(config: Config) -> int:
     """Upper bound of the tokens sampled in training: every rollout full, the window growing at every step."""
     steps, rollouts = config.training.steps, config.rollout.prompts_per_step * config.rollout.num_generations
+    if config.control.lengths:
+        return rollouts * sum(config.control.lengths[:steps])
     if not config.window_is_dynamic:
         return steps * rollouts * config.rollout.max_completion_length
     window = config.pruning.dynamic_response_length
@@ -138,6 +144,8 @@ def _plan(config: Config, memory: Memory) -> Iterator[tuple[str, str]]:
     )
     yield "drift", _drift(config)
     yield "length", _length(config)
+    if config.stops_in_flight:
+        yield "in flight", _in_flight(config)
     most, budget = most_response_tokens(config), training.steps * rollouts * rollout.max_completion_length
     uncut = f"; at most {budget:,} if no response were cut below {rollout.max_completion_length:,}"
     yield "tokens", f"at most {most:,} sampled and scored in training{uncut if most < budget else ''}"
@@ -173,7 +181,10 @@ def _drift(config: Config) -> str:
     if not pruning.enable:
         return "off: plain on-policy distillation, every token has weight 1"
     match pruning.metric:
+        case "overlap_ratio" | "overlap_mass" if pruning.threshold == "auto":
+            event = f"{pruning.metric} is below a threshold that is calibrated on the pair before the first step"
         case "overlap_ratio":
+            assert pruning.threshold != "auto"
             needed = next(shared for shared in range(k + 1) if shared / k >= pruning.threshold)
             event = f"student and teacher share fewer than {needed} of their {k} likeliest tokens"
         case "overlap_mass":
@@ -184,10 +195,13 @@ def _drift(config: Config) -> str:
             event = f"the sampled token is outside the teacher's {pruning.teacher_top_p:g} nucleus (of its top-{k})"
     spent = events_until_unreliable(config)
     end = "events never spend all reliability" if spent is None else f"{spent:,} events spend all reliability"
-    return f"an event where {event}; {end}, after which a token keeps weight {pruning.w_base:g}"
+    weight = f", after which a token keeps weight {pruning.w_base:g}" if pruning.reweight else "; every token weighs 1"
+    return f"an event where {event}; {end}{weight}"
 
 
 def _length(config: Config) -> str:
+    if lengths := config.control.lengths:
+        return f"a fixed schedule from {lengths[0]:,} to {lengths[config.training.steps - 1]:,} tokens"
     if not config.window_is_dynamic:
         return f"every response may use {config.rollout.max_completion_length:,} tokens"
     window = config.pruning.dynamic_response_length
@@ -195,6 +209,17 @@ def _length(config: Config) -> str:
         f"window of {window.init_len:,} tokens at first, {window.min_len:,} to {window.max_len:,} later; "
         f"{window.step} more when {window.hit_ratio:.0%} of the rollouts are reliable up to {window.margin} tokens "
         f"before its end, {window.step} fewer after {window.shrink_patience} steps in a row when they are not"
+    )
+
+
+def _in_flight(config: Config) -> str:
+    settings, spent = config.pruning.in_flight, events_until_unreliable(config)
+    stop = settings.stop_after_events or spent
+    return (
+        f"the teacher looks every {settings.chunk} decode steps; a rollout stops "
+        + (f"at its event {stop:,}" if stop else "never, since no number of events spends its reliability")
+        + (f", not before {settings.min_tokens:,} tokens" if settings.min_tokens else "")
+        + f"; {settings.audit_share:.1%} of the rollouts run on as audits"
     )
 
 
@@ -238,6 +263,9 @@ def estimate_memory(config: Config) -> Memory:
         ),
         logits=_logit_bytes(config, student_config, teacher_config, rows * response),
         cache_training=_cache_bytes(student_config, settings.dtype, rollouts_at_once(config), width),
+        cache_teacher=_cache_bytes(teacher_config, settings.teacher_dtype, config.rollout.slots, width)
+        if config.stops_in_flight
+        else 0,
         cache_evaluation=_cache_bytes(student_config, settings.dtype, *evaluation_at_once(config)),
     )
 
@@ -260,6 +288,7 @@ def _memory_from_names(
         gradients=trained,
         optimizer=None if trained is None else 2 * trained,
         teacher=0 if served else None if teacher is None else teacher * in_teacher,
+        cache_teacher=None if config.stops_in_flight else 0,
         cache_evaluation=0 if config.evaluation.data is None else None,
     )
 
@@ -403,6 +432,11 @@ def _memory(config: Config, memory: Memory) -> Iterator[tuple[str, str]]:
         "KV cache, training",
         f"{_size(memory.cache_training)} ({rollouts_at_once(config)} rollouts x {width:,} tokens at a time)",
     )
+    if config.stops_in_flight:
+        yield (
+            "KV cache, teacher",
+            f"{_size(memory.cache_teacher)} ({config.rollout.slots} slots x {width:,} tokens, beside the student's)",
+        )
     answers, longest = evaluation_at_once(config)
     if answers:
         yield (

@@ -22,6 +22,7 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from prune_opd.config import Config
+from prune_opd.controls import LengthSchedule
 from prune_opd.core.overlap import shared_candidates
 from prune_opd.core.window import TrainingWindow
 from prune_opd.data.prompts import Prompt
@@ -34,7 +35,9 @@ from prune_opd.rewards import GRADE, load_reward
 from prune_opd.sampling.base import Sampler
 from prune_opd.sampling.local import LocalSampler
 from prune_opd.step import StepResult, prune_opd_step
+from prune_opd.teachers.local import LocalTeacher
 from prune_opd.tracking.console import step_view
+from prune_opd.tracking.drift_log import drift_record
 from prune_opd.tracking.metrics import (
     distillation_metrics,
     repetition_rate,
@@ -45,6 +48,7 @@ from prune_opd.tracking.metrics import (
 from prune_opd.tracking.rollouts import rollout_record
 from prune_opd.tracking.trackers import Log, start_trackers
 from prune_opd.training import distributed, models
+from prune_opd.training.calibration import CALIBRATION, calibrate, with_known_threshold
 from prune_opd.training.checkpoint import (
     Totals,
     check_same_recipe,
@@ -74,6 +78,7 @@ from prune_opd.training.signals import EvaluationStopped, StopSignals
 from prune_opd.types import Rollouts
 from prune_opd.world import ALONE, World
 
+FIRST_FILES = {CALIBRATION, f".{CALIBRATION}.partial", ".config.json.partial"}  # that come before config.json
 LOGS = ("metrics.jsonl", "drift.jsonl", "rollouts.jsonl", "skipped.jsonl")
 
 
@@ -94,10 +99,12 @@ class Trainer:
         console: Console | None = None,
         world: World = ALONE,
     ) -> None:
-        self.config, self.world = config, world
+        self.world = world
         self.console = (console or Console()) if world.rank == 0 else Console(quiet=True)
         self.run_dir = Path(output_dir)
         check_writable(self.run_dir)
+        self.config, self.calibration = with_known_threshold(config, self.run_dir)
+        config = self.config
         checkpoint = self._find_checkpoint(resume)
         world.gather(None)  # every rank has seen the directory as it was
         disable_progress_bar()  # of transformers, which would draw over ours
@@ -113,9 +120,12 @@ class Trainer:
         self.reward = load_reward(config.reward.function) if config.reward.function else None
         if config.reward.function == GRADE and isinstance(self.prompts, DatasetSource):
             self.prompts.check_gradable()
+        held_out = config.evaluation
         self.eval_prompts = (
-            held_out_prompts(config.evaluation.data, config.data, self.tokenizer, count=config.evaluation.num_problems)
-            if config.evaluation.data
+            held_out_prompts(
+                held_out.data, config.data, self.tokenizer, count=held_out.num_problems, split=held_out.split
+            )
+            if held_out.data
             else []
         )
         self.student = models.load_student(config, device)
@@ -131,6 +141,9 @@ class Trainer:
             vocab_size=self.vocab_size,
             slots=config.rollout.slots,
         )
+        if config.calibrates:  # before the student is sharded; every rank measures the same
+            self.calibration = world.gather(self._calibrate())[0]
+            self.config = config = config.with_threshold(self.calibration["threshold"])
         if config.training.parallel == "fsdp2" and world.size > 1:
             self.sampler = distributed.WholeWeightsSampler(self.sampler, self.student)
             distributed.shard(self.student)
@@ -145,6 +158,9 @@ class Trainer:
             )
             self.steps_done, self.totals, self.unlogged = state.step, state.totals, state.unlogged
             self.console.print(f"resumed from {checkpoint} after step {self.steps_done}", soft_wrap=True)
+        elif self.calibration is not None:
+            ours, theirs = (self.calibration[name]["tokens"] for name in ("student_written", "teacher_written"))
+            self.totals = Totals(self.calibration["seconds"], student_tokens=ours, teacher_tokens=ours + theirs)
         # Lines of the dead run past the checkpoint go; without a checkpoint, all of them.
         last_logged = dict.fromkeys(LOGS, -1 if checkpoint is None else self.steps_done)
         if self.unlogged is not None:
@@ -152,6 +168,27 @@ class Trainer:
         self.log_ends = {name: log_end(self.run_dir / name, step) for name, step in last_logged.items()}
         self.trackers: list[Log] = []
         self._check_room()
+
+    def _calibrate(self) -> dict[str, Any]:
+        """γ for threshold "auto", measured on the prompts of the first step."""
+        assert isinstance(self.teacher, LocalTeacher)
+        found = calibrate(
+            self.config,
+            [prompt.token_ids for prompt in self.prompts.batch(0, self.config.rollout.prompts_per_step)],
+            student=self.student,
+            sampler=self.sampler,
+            teacher=self.teacher,
+            tokenizer=self.tokenizer,
+        )
+        ours, theirs = found["student_written"], found["teacher_written"]
+        self.console.print(
+            f"threshold {found['threshold']:g}, calibrated in {found['seconds']:.0f} s on {ours['responses']} prompts: "
+            f"{theirs['whole']:.0%} of the teacher's responses stay reliable to the end, {ours['whole']:.0%} of the "
+            f"student's; compatibility {theirs['compatibility']:.3f} and {ours['compatibility']:.3f}, events "
+            f"{theirs['events']:.1%} and {ours['events']:.1%}",
+            highlight=False,
+        )
+        return found
 
     def train(self) -> Totals:
         """Run the remaining steps; returns the totals of the whole run.
@@ -178,6 +215,8 @@ class Trainer:
             if path.exists() and path.stat().st_size > end:
                 with storage_errors(path):
                     os.truncate(path, end)
+        if self.calibration is not None:  # before config.json, whose threshold is from there
+            write_json(self.run_dir / CALIBRATION, self.calibration)
         write_json(self.run_dir / "config.json", self.config.model_dump())
         write_json(self.run_dir / "env.json", environment(self.student.device) | {"processes": self.world.size})
         remember_teacher(self.teacher, self.run_dir)
@@ -447,7 +486,7 @@ class Trainer:
         # The run died before its first checkpoint: it begins anew, if the directory is that of such a run.
         if config_file.is_file():
             check_same_recipe(read_json(config_file), self.config, str(config_file))
-        elif [path for path in self.run_dir.iterdir() if path.name != ".config.json.partial"]:
+        elif {path.name for path in self.run_dir.iterdir()} - FIRST_FILES:
             raise RunDirectoryError(
                 f"{self.run_dir} exists and is not empty, and is no run directory: it has no config.json. "
                 "Choose another --output-dir"
@@ -467,23 +506,11 @@ class Trainer:
             self.console.print(f"{dropped} prompts were longer than {limit} tokens and are left out", style="yellow")
 
     def _write_rollouts(self, step: int, prompts: Any, result: StepResult) -> None:
-        drift, rollouts = result.drift, result.rollouts
+        rollouts = result.rollouts
         assert rollouts.student is not None
         shared = shared_candidates(rollouts.student.ids, result.scores.topk.ids).sum(-1)
         append_json(
-            self.run_dir / "drift.jsonl",
-            {
-                "step": step,
-                "length": rollouts.lengths.tolist(),
-                "effective_length": drift.effective_length.tolist(),
-                "onset": drift.onset.tolist(),
-                "stopped": rollouts.stopped.tolist(),
-                # Shared candidates of each position, two hexadecimal digits a token: what `replay` needs.
-                "shared": [
-                    bytes(row[:n]).hex() for row, n in zip(shared.tolist(), rollouts.lengths.tolist(), strict=True)
-                ],
-                "weight_by_position": _mean_by_position(result.weight, rollouts.response_mask),
-            },
+            self.run_dir / "drift.jsonl", drift_record(step, rollouts, result.scores, result.drift, result.weight)
         )
         for i in range(min(self.config.tracking.rollouts_per_step, len(rollouts.lengths))):
             prompt = prompts[i // self.config.rollout.num_generations]
@@ -546,8 +573,10 @@ def metrics_of(result: StepResult, config: Config) -> dict[str, Any]:
     return record
 
 
-def build_window(config: Config) -> TrainingWindow | None:
-    """The training window of a recipe; None when its response length is fixed."""
+def build_window(config: Config) -> TrainingWindow | LengthSchedule | None:
+    """What sets the response length of each step; None when it is fixed."""
+    if config.control.lengths:
+        return LengthSchedule(config.control.lengths)
     if not config.window_is_dynamic:
         return None
     return TrainingWindow(**config.pruning.dynamic_response_length.model_dump(exclude={"enable"}))
@@ -595,10 +624,3 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": str(device),
         **{name: version(name) for name in ("prune-opd", "torch", "transformers", "tokenizers", "safetensors")},
     }
-
-
-def _mean_by_position(values: torch.Tensor, mask: torch.Tensor) -> list[float]:
-    """Mean over the rollouts that reach each position; values, mask (B, T)."""
-    reached = mask.sum(0)
-    means = values.double().masked_fill(~mask, 0).sum(0)[reached > 0] / reached[reached > 0]
-    return [round(mean, 4) for mean in means.tolist()]

@@ -1,0 +1,66 @@
+"""Controls: what a saving of Prune-OPD must be held against. They are no part of the method; `compare` runs them.
+
+A saving proves something about drift only if a plain length schedule, or pruning as many tokens blindly, would not have
+given it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prune_opd.core.window import WindowChange
+from prune_opd.sampling.base import rollout_uniforms
+
+RANDOM_TOKENS_STREAM = 3  # of random numbers; training samples from 0, evaluation from 1, audits from 2
+
+
+class LengthSchedule:
+    """Stands in for `TrainingWindow` with lengths that were fixed beforehand, in tokens, one for each step.
+
+    After the last of them the length stays. `update` ignores drift, and reports as hits the rollouts that were reliable
+    to the very end.
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths, self.steps_done = list(lengths), 0
+
+    @property
+    def length(self) -> int:
+        """The length of the step that comes next."""
+        return self.lengths[min(self.steps_done, len(self.lengths) - 1)]
+
+    def update(self, effective_length: Tensor) -> WindowChange:
+        """See `TrainingWindow.update`; effective_length (B,)."""
+        previous = self.length
+        self.steps_done += 1
+        hit_ratio = (effective_length >= previous).double().mean().item()
+        return WindowChange(previous, self.length, hit_ratio, misses=0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes over time; the lengths come from the recipe."""
+        return {"steps_done": self.steps_done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        self.steps_done = int(state["steps_done"])
+
+
+def linear_ramp(start: int, end: int, steps: int) -> list[int]:
+    """`steps` lengths from `start` to `end`, both included, in equal increments rounded to whole tokens."""
+    return [round(start + (end - start) * i / max(steps - 1, 1)) for i in range(steps)]
+
+
+def random_tokens(mask: Tensor, count: int, *, seed: int, step: int) -> Tensor:
+    """(B, T) float32: 1 on `count` valid tokens drawn without replacement, 0 elsewhere; all of them if there are fewer.
+
+    mask (B, T) bool. The draw depends on (seed, step) and on each token's place in the batch alone.
+    """
+    batch, length = mask.shape
+    ticket = rollout_uniforms(seed, step, range(batch), length, stream=RANDOM_TOKENS_STREAM).to(mask.device)
+    valid = mask.flatten().nonzero().squeeze(-1)
+    drawn = valid[ticket.flatten()[valid].argsort()[:count]]
+    return torch.zeros(batch * length, device=mask.device).index_fill(0, drawn, 1.0).view(batch, length)
