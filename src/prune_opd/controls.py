@@ -33,11 +33,19 @@ class LengthSchedule:
         """The length of the step that comes next."""
         return self.lengths[min(self.steps_done, len(self.lengths) - 1)]
 
+    @property
+    def hit_length(self) -> int:
+        """A rollout hits when its effective length is at least this many tokens."""
+        return self.length
+
     def update(self, effective_length: Tensor) -> WindowChange:
         """See `TrainingWindow.update`; effective_length (B,)."""
+        return self.steer((effective_length >= self.hit_length).double().mean().item())
+
+    def steer(self, hit_ratio: float) -> WindowChange:
+        """See `TrainingWindow.steer`."""
         previous = self.length
         self.steps_done += 1
-        hit_ratio = (effective_length >= previous).double().mean().item()
         return WindowChange(previous, self.length, hit_ratio, misses=0)
 
     def state_dict(self) -> dict[str, Any]:

@@ -233,6 +233,7 @@ def test_what_verl_cannot_honour_is_refused_by_name(name, value):
     ("changes", "named"),
     [
         ({f"+{plugin.WHERE}.pruning.treshold": 0.6}, "threshold"),
+        ({f"+{plugin.WHERE}.pruning.threshold": "auto"}, "set a number"),
         ({f"+{plugin.WHERE}.training.steps": 3}, "training"),
         ({f"+{plugin.WHERE}.objective.weight_normalization": "weight_mean"}, "token_mean"),
         ({"distillation.distillation_loss.loss_mode": "prune_opd_forward_kl"}, "topk"),

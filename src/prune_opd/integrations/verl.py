@@ -65,6 +65,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.utils.padding import no_padding_2_padding
 
 from prune_opd.config import Config, ObjectiveSection, PruningSection, RepetitionSection, parse_config
+from prune_opd.controls import LengthSchedule
 from prune_opd.core.drift import drift_report, repetition_events
 from prune_opd.core.objective import topk_reverse_kl_terms
 from prune_opd.core.window import TrainingWindow
@@ -131,6 +132,8 @@ def recipe_of(config: DictConfig) -> Config:
         )
     if loss.loss_mode == FORWARD_KL and recipe.pruning.metric != "overlap_ratio":
         wrong.append(f"{WHERE}.pruning.metric = {recipe.pruning.metric!r}: verl's own actor reports overlap alone")
+    if recipe.calibrates:
+        wrong.append(f'{WHERE}.pruning.threshold = "auto": it is measured by our own trainer alone; set a number')
     if wrong:
         raise ConfigError("verl cannot run Prune-OPD with these settings:\n  " + "\n  ".join(wrong))
     return recipe
@@ -163,7 +166,7 @@ def _requirements(config: DictConfig, recipe: Config) -> list[tuple[str, tuple[A
     return needed
 
 
-def _batch_settings(recipe: Config, window: TrainingWindow | None) -> str:
+def _batch_settings(recipe: Config, window: TrainingWindow | LengthSchedule | None) -> str:
     """What the actors must know of a batch, as one string: what verl carries along with it unchanged."""
     return json.dumps(
         {
@@ -331,7 +334,7 @@ def prune_opd_loss(
         responses = _padded(data["responses"])
         events |= repetition_events(responses, mask, max_period=guard.max_period, min_run=guard.min_run) & mask
     drift = drift_report(events, mask, w_drop=pruning.w_drop, w_base=pruning.w_base, eps=pruning.positive_eps)
-    weight = drift.weight if pruning.enable else mask.float()
+    weight = drift.weight if pruning.enable and pruning.reweight else mask.float()
     # One number a rollout: verl joins the lists of all ranks and takes what the name says, min, max or else the mean.
     effective = drift.effective_length[mask.any(-1)].tolist()  # rows without a token are verl's padding
     metrics |= {f"prune_opd/effective_response_length_{name}": effective for name in ("mean", "max", "min")}
