@@ -7,6 +7,7 @@ import torch
 from prune_opd.controls import LengthSchedule, linear_ramp, random_tokens
 from tests.test_step import gradients, run_step
 
+ROWS = range(4)
 RAGGED = torch.arange(9) < torch.tensor([9, 0, 3, 6])[:, None]
 
 
@@ -28,17 +29,19 @@ def test_a_schedule_goes_through_its_lengths_whatever_drift_says():
 
 
 def test_random_tokens_are_so_many_and_valid_and_repeatable():
-    weight = random_tokens(RAGGED, 7, seed=3, step=5)
+    weight = random_tokens(RAGGED, 7, seed=3, step=5, numbers=ROWS)
     assert weight.sum() == 7 and not weight[~RAGGED].any() and set(weight.unique().tolist()) == {0.0, 1.0}
-    assert torch.equal(weight, random_tokens(RAGGED, 7, seed=3, step=5))
+    assert torch.equal(weight, random_tokens(RAGGED, 7, seed=3, step=5, numbers=ROWS))
     for other in ({"seed": 4, "step": 5}, {"seed": 3, "step": 6}):
-        assert not torch.equal(weight, random_tokens(RAGGED, 7, **other))
-    assert torch.equal(random_tokens(RAGGED, 99, seed=0, step=0), RAGGED.float())
+        assert not torch.equal(weight, random_tokens(RAGGED, 7, **other, numbers=ROWS))
+    assert torch.equal(random_tokens(RAGGED, 99, seed=0, step=0, numbers=ROWS), RAGGED.float())
 
 
 def test_every_token_is_as_likely_to_stay():
     """400 draws of 6 of 18 tokens: each stays in a third of them, within 5 standard deviations."""
-    share = torch.stack([random_tokens(RAGGED, 6, seed=0, step=step) for step in range(400)]).mean(0)[RAGGED]
+    share = torch.stack([random_tokens(RAGGED, 6, seed=0, step=step, numbers=ROWS) for step in range(400)]).mean(0)[
+        RAGGED
+    ]
     assert (share - 1 / 3).abs().max() < 5 * (1 / 3 * 2 / 3 / 400) ** 0.5
 
 
@@ -48,7 +51,7 @@ def test_a_step_trains_on_the_drawn_tokens_alone(monkeypatch):
     whole, _, all_tokens = run_step(**off)
     half, _, some = run_step(**off, **{"control.kept_tokens": [40] * 203})
     mask = whole.rollouts.response_mask
-    drawn = random_tokens(mask, 40, seed=0, step=0)
+    drawn = random_tokens(mask, 40, seed=0, step=0, numbers=range(len(mask)))
     assert torch.equal(half.weight, drawn) and half.weight.sum() == 40 < mask.sum()
     assert half.rollouts.lengths.tolist() == whole.rollouts.lengths.tolist(), "responses are not cut"
     count = int(mask.sum())

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from prune_opd.core.window import WindowChange
 from prune_opd.sampling.base import rollout_uniforms
+from prune_opd.world import ALONE, World
 
 RANDOM_TOKENS_STREAM = 3  # of random numbers; training samples from 0, evaluation from 1, audits from 2
 
@@ -62,13 +63,16 @@ def linear_ramp(start: int, end: int, steps: int) -> list[int]:
     return [round(start + (end - start) * i / max(steps - 1, 1)) for i in range(steps)]
 
 
-def random_tokens(mask: Tensor, count: int, *, seed: int, step: int) -> Tensor:
-    """(B, T) float32: 1 on `count` valid tokens drawn without replacement, 0 elsewhere; all of them if there are fewer.
+def random_tokens(
+    mask: Tensor, count: int, *, seed: int, step: int, numbers: Sequence[int], world: World = ALONE
+) -> Tensor:
+    """(B, T) float32: 1 on `count` valid tokens drawn without replacement, 0 elsewhere; on all if there are fewer.
 
-    mask (B, T) bool. The draw depends on (seed, step) and on each token's place in the batch alone.
+    mask (B, T) bool; numbers: which of the step's rollouts these are, while `world` has the others. The draw depends on
+    (seed, step) and on each token's place alone, whatever the number of ranks.
     """
-    batch, length = mask.shape
-    ticket = rollout_uniforms(seed, step, range(batch), length, stream=RANDOM_TOKENS_STREAM).to(mask.device)
-    valid = mask.flatten().nonzero().squeeze(-1)
-    drawn = valid[ticket.flatten()[valid].argsort()[:count]]
-    return torch.zeros(batch * length, device=mask.device).index_fill(0, drawn, 1.0).view(batch, length)
+    ticket = rollout_uniforms(seed, step, numbers, mask.shape[1], stream=RANDOM_TOKENS_STREAM).to(mask.device)
+    everyone = torch.cat(world.gather(ticket[mask].cpu()))
+    if count >= len(everyone):
+        return mask.float()
+    return (mask & (ticket <= everyone.kthvalue(count).values.to(mask.device))).float()

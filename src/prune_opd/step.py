@@ -152,7 +152,8 @@ def prune_opd_step(
         if config.teacher_ends_with_reliability:
             weight = weight.masked_fill(drift.reliability <= pruning.positive_eps, 0)
         if config.control.kept_tokens:  # the control of `compare` that prunes at random
-            weight = random_tokens(mask, config.control.kept_tokens[step], seed=training.seed, step=step)
+            kept = config.control.kept_tokens[step]
+            weight = random_tokens(mask, kept, seed=training.seed, step=step, numbers=numbers, world=world)
 
     # 4. A task that can check answers adds how much better a rollout was than the others of its prompt, on every token.
     rewards = advantage = None

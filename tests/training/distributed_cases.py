@@ -29,6 +29,12 @@ CASES = {
     "micro-batches": {"training.micro_batch_tokens": 20},
     "weight-mean": {"objective.weight_normalization": "weight_mean"},
     "full-logits": {"objective.loss": "jsd", "pruning.enable": False},
+    "controls": {
+        "pruning.enable": False,
+        "control.lengths": [9, 12, *[16] * 201],
+        "control.kept_tokens": [30] * 203,
+        "objective.weight_normalization": "weight_mean",
+    },
     "tied": {},
     "lora": {"model.lora.r": 2},
     "one-prompt": {},
