@@ -19,6 +19,7 @@ import os
 import platform
 import statistics
 import tempfile
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,15 @@ QUANTITIES = (
 
 def measure(recipe: Path, settings: dict[str, Any], repeats: int, folder: Path) -> dict[str, list[dict[str, float]]]:
     """The metrics of `repeats` steps of each arm, alternating, after one warm-up step of each."""
-    config = load_config(recipe).with_settings(
-        **{"pruning.dynamic_response_length.enable": False, "evaluation.data": "", **settings}
-    )
-    trainers = {
-        arm: Trainer(config.with_settings(**changes), folder / arm, console=Console(quiet=True))
-        for arm, changes in ARMS.items()
-    }
+    trainers = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # settings of the recipe that an arm has no use for
+        config = load_config(recipe).with_settings(
+            **{"pruning.dynamic_response_length.enable": False, "evaluation.data": "", **settings}
+        )
+        for arm, changes in ARMS.items():
+            trainers[arm] = Trainer(config.with_settings(**changes), folder / arm, console=Console(quiet=True))
+            (folder / arm).mkdir()
     weights = {name: value.clone() for name, value in trainers["opd"].student.state_dict().items()}
     samples: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
     for repeat in range(repeats + 1):

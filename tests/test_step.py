@@ -14,7 +14,7 @@ from prune_opd.config import parse_config
 from prune_opd.errors import NonFiniteError
 from prune_opd.sampling.local import LocalSampler
 from prune_opd.step import prune_opd_step
-from prune_opd.teachers.local import LocalTeacher
+from prune_opd.teachers.local import LocalStream, LocalTeacher
 from prune_opd.training.trainer import build_optimizer, build_window, metrics_of
 from tests.core import reference
 from tests.families import EOS, PAD, VOCAB, tiny_model, tiny_prompts
@@ -174,6 +174,30 @@ def test_stop_after_a_stated_number_of_events_and_a_minimum_of_tokens():
         second, fifth = ((count >= c).nonzero().flatten().tolist() for c in (2, 5))
         assert by_count.rollouts.lengths[b] == (second[0] + 1 if second else n)
         assert late.rollouts.lengths[b] == (min(n, max(fifth[0] + 1, 9)) if fifth else n)
+
+
+def test_the_teacher_looks_when_a_rollout_can_be_spent_and_not_before(monkeypatch):
+    """With a chunk of 1 it could look at every token; five events take five tokens at least."""
+    looks: dict[int, list[int]] = {}
+    score = LocalStream.score
+
+    def counted(self, response_ids, student, spans):
+        for span in spans:
+            looks.setdefault(span.rollout, []).append(span.end)
+        return score(self, response_ids, student, spans)
+
+    monkeypatch.setattr(LocalStream, "score", counted)
+    uncut, _, _ = run_step()
+    looks.clear()
+    cut, _, _ = run_step(**IN_FLIGHT | {"pruning.in_flight.chunk": 1})
+    for b, seen in looks.items():
+        n, events = int(cut.rollouts.lengths[b]), uncut.events[b].cumsum(-1)
+        due, expected = 5, []
+        while due < n:
+            expected.append(due)
+            due += 5 - int(events[due - 1])
+        assert seen == [*expected, n], b
+    assert any(len(seen) > 2 for seen in looks.values()), "no rollout was looked at again: tests nothing"
 
 
 def test_audit_rollouts_run_on_uncut_and_are_reported():

@@ -131,7 +131,7 @@ class InFlightSection(Section):
     """Ending a rollout while it is generated, once its reliability is spent."""
 
     enable: bool = Field(False, description="Stop drifted rollouts in flight; the paper only caps the next batch.")
-    chunk: PositiveInt = Field(64, description="Decode steps between two looks; changes the cost, not the result.")
+    chunk: PositiveInt = Field(128, description="Decode steps between two looks; changes the cost, not the result.")
     min_tokens: int = Field(0, ge=0, description="A rollout keeps at least this many tokens.")
     stop_after_events: PositiveInt | None = Field(
         None, description="Stop after so many drift events; unset, when reliability is 0 (1 / w_drop events)."

@@ -10,6 +10,7 @@ long responses in the training signal.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -40,6 +41,7 @@ class InFlightStop:
         self.stream, self.pruning, self.audit, self.stopwatch = stream, pruning, audit.tolist(), watch
         self.every, self.min_tokens = settings.chunk, settings.min_tokens
         w_drop = 1 / settings.stop_after_events if settings.stop_after_events else pruning.w_drop
+        self.events_to_stop = math.ceil((1 - pruning.positive_eps) / w_drop)
         self.monitor = DriftMonitor(len(audit), w_drop=w_drop, eps=pruning.positive_eps)
         self.scores: TeacherScores | None = None
         self.unscored: dict[int, int] = {}  # rollout -> its first token that waits for the next look that is worth it
@@ -78,11 +80,16 @@ class InFlightStop:
         return stops
 
     def _due(self, spans: Sequence[Span]) -> list[Span]:
-        """The spans to be scored now, with what waited before them; the others wait (`TeacherStream.growth`)."""
-        due = []
+        """The spans to be scored now, with what waited before them; the others wait.
+
+        A token is at most one event, so a rollout with fewer new tokens than events left cannot be spent yet. And where
+        a look costs as much as the whole prefix, the looks grow apart (`TeacherStream.growth`).
+        """
+        due, events = [], self.monitor.events_so_far.tolist()
         for span in spans:
             start = self.unscored.pop(span.rollout, span.start)
-            if span.ended or span.end >= self.stream.growth * start:
+            may_stop = span.end - start >= self.events_to_stop - events[span.rollout] and span.end >= self.min_tokens
+            if span.ended or (may_stop and span.end >= self.stream.growth * start):
                 due.append(replace(span, start=start))
             else:
                 self.unscored[span.rollout] = start

@@ -115,7 +115,7 @@ def test_rollouts_stop_where_the_local_teacher_stops_them_at_a_linear_cost(event
 def test_the_geometric_schedule_keeps_the_total_linear(length):
     """Without a stop, counted: every chunk at once would read length² / (2 · chunk) tokens."""
     student, model, chunk = tiny_model("llama", seed=3), tiny_model("llama", seed=4), 4
-    pruning = PruningSection(threshold=0, in_flight={"enable": True, "chunk": chunk})
+    pruning = PruningSection(threshold=0, in_flight={"enable": True, "chunk": chunk, "stop_after_events": 1})
     with server_of(model) as server:
         stream = teacher_of(server).stream([[5, 6]], length, top_k=K, slots=1)
         watcher = InFlightStop(stream, pruning, torch.zeros(1, dtype=torch.bool), Stopwatch(torch.device("cpu")))
