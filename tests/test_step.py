@@ -55,7 +55,9 @@ def config_of(**settings):
         return parse_config(nested, where="test")
 
 
-def run_step(student=None, teacher=None, *, prompts=None, vocab_size=VOCAB, step=0, reward=None, **settings):
+def run_step(
+    student=None, teacher=None, *, prompts=None, vocab_size=VOCAB, step=0, reward=None, sampler=None, **settings
+):
     """(result, student before, student after with its gradients)"""
     config = config_of(**settings)
     before = student or tiny_model("qwen3", seed=3)
@@ -64,7 +66,8 @@ def run_step(student=None, teacher=None, *, prompts=None, vocab_size=VOCAB, step
         step=step,
         prompts=tiny_prompts() if prompts is None else prompts,
         student=student,
-        sampler=LocalSampler(student, pad_id=PAD, eos_ids=[EOS], vocab_size=vocab_size, slots=config.rollout.slots),
+        sampler=sampler
+        or LocalSampler(student, pad_id=PAD, eos_ids=[EOS], vocab_size=vocab_size, slots=config.rollout.slots),
         teacher=LocalTeacher(teacher or related(tiny_model("qwen3", seed=3)), vocab_size=vocab_size),
         optimizer=build_optimizer(student, config)[0],
         window=build_window(config),

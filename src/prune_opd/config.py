@@ -86,6 +86,11 @@ class RolloutSection(Section):
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; other than 1 is not on-policy.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus of the student's sampling; below 1 is not on-policy.")
     slots: PositiveInt = Field(64, description="Rollouts that decode at the same time; as many as memory allows.")
+    use_vllm: bool = Field(False, description="Sample with a vLLM engine in this process, synchronised at every step.")
+    vllm_gpu_memory_utilization: float = Field(0.3, gt=0, le=1, description="Share of the GPU that vLLM may take.")
+    vllm_importance_sampling_cap: float | None = Field(
+        None, gt=0, description="Weigh by min(cap, p_trainer / p_vLLM) of a token; unset, no correction."
+    )
 
 
 class ObjectiveSection(Section):
@@ -356,6 +361,9 @@ def settings_without_effect(config: Config) -> Iterator[tuple[str, str]]:
             for name in written(dynamic, "pruning.dynamic_response_length"):
                 if not name.endswith(".enable"):
                     yield name, "dynamic_response_length.enable is false"
+    if not config.rollout.use_vllm:
+        for name in written(config.rollout, "rollout", "vllm_gpu_memory_utilization", "vllm_importance_sampling_cap"):
+            yield name, "rollout.use_vllm is false"
     if config.model.teacher_model_server_url is None:
         for name in written(config.model.teacher_server, "model.teacher_server"):
             yield name, "model.teacher_model_server_url is not set, so the teacher runs in this process"

@@ -52,7 +52,7 @@ class RewardError(PruneOPDError, ValueError):
 
 
 class EngineError(PruneOPDError, RuntimeError):
-    """An engine (verl, vLLM, ...) did not do what it was asked, or was set up so that it cannot."""
+    """An engine (vLLM, verl) cannot be used as it is set up, or did not do what it was asked."""
 
 
 class NonFiniteError(PruneOPDError, ArithmeticError):

@@ -17,7 +17,8 @@ Source: arXiv 2605.07804. Where we differ from it, and why:
   * Ids beyond the vocabulary that both models share (padded embedding rows) are cut from samples and normalisers.
   * M starts at 1024 in the default recipe; the paper gives 1024, 2048 and 6144 in different places.
   * Options beyond the paper, off by default: stopping in flight, the repetition guard, `weight_mean`, `overlap_mass`,
-    losses other than `topk_reverse_kl`, a reward of the task beside the teacher's signal.
+    losses other than `topk_reverse_kl`, a reward of the task beside the teacher's signal, rollouts that another engine
+    sampled (correction.py).
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from prune_opd.core.objective import (
     topk_reverse_kl,
 )
 from prune_opd.core.window import TrainingWindow, WindowChange
+from prune_opd.correction import corrected, sampled_logprobs
 from prune_opd.errors import NonFiniteError
 from prune_opd.events import drift_events
 from prune_opd.finite import check_student, check_teacher
@@ -67,7 +69,8 @@ class StepResult:
     """What one step did. numbers: which of the step's rollouts these are (a rank's share) · events, weight (B, T) ·
     audit (B,) bool · spent_at (B,) as in `DriftMonitor`, when in flight · rewards (B,) float64 of the task, NaN where
     it gave none; None without one · loss, of all ranks: teacher's per `weight_normalization`, in nats, and the task's ·
-    packed_tokens: columns that the update fed, padding included.
+    packed_tokens: columns that the update fed, padding included · trainer_logprobs (B, T) of the sampled tokens before
+    the update, where another engine than the student sampled them.
     """
 
     numbers: Sequence[int]
@@ -83,6 +86,7 @@ class StepResult:
     loss: float
     grad_norm: float
     packed_tokens: int
+    trainer_logprobs: Tensor | None
     seconds: dict[str, float]
 
 
@@ -169,12 +173,19 @@ def prune_opd_step(
         denominator = tokens if objective.weight_normalization == "token_mean" else weighed
         teacher_factor = config.reward.opd_kl_coef / denominator if weighed else 0.0
         loss_sum, packed_tokens = 0.0, 0
+        trainer_logprobs = None if rollouts.sampled_logprobs is None else torch.zeros_like(rollouts.sampled_logprobs)
         optimizer.zero_grad(set_to_none=True)
         for part in world.even(pack(rollouts, training.micro_batch_tokens), device):
             with torch.autocast(device.type, torch.bfloat16, enabled=training.bf16):
                 hidden = hidden_states(student, packed_inputs(student, part))[part.row, part.column]
+            part_weight, part_advantage = weight, advantage
+            if trainer_logprobs is not None:  # another engine sampled: how far is it from the policy that is trained?
+                trainer_logprobs[part.rollout, part.position] = sampled_logprobs(
+                    student, hidden, vocab_size, rollouts, part
+                )
+                part_weight, part_advantage = corrected(weight, advantage, rollouts, trainer_logprobs, config)
             of_teacher, of_task = loss_sums(
-                student, hidden, vocab_size, rollouts, scores, weight, advantage, part, teacher, objective
+                student, hidden, vocab_size, rollouts, scores, part_weight, part_advantage, part, teacher, objective
             )
             loss = teacher_factor * of_teacher.loss
             if of_task is not None and tokens:
@@ -221,6 +232,7 @@ def prune_opd_step(
         loss=loss_sum,
         grad_norm=grad_norm.item(),
         packed_tokens=packed_tokens,
+        trainer_logprobs=trainer_logprobs,
         seconds=dict(watch.seconds),
     )
 

@@ -42,7 +42,8 @@ class Rollouts:
     prompts: B token-id sequences · response_ids (B, T) int64 · response_mask (B, T) bool, true on kept tokens including
     the end-of-sequence token · finished (B,) bool, the rollout ended by itself · stopped (B,) bool, it was ended for
     drift · student: its top-k at each position, None when top_k was 0 · generated: tokens that were decoded, including
-    those past a stop that were thrown away · slot_steps: rows times decode steps that were computed.
+    those past a stop that were thrown away · slot_steps: rows times decode steps that were computed · sampled_logprobs
+    (B, T): of each token in the engine that sampled it; None where that is the model that is trained itself.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -53,6 +54,7 @@ class Rollouts:
     student: TopK | None = None
     generated: int = 0
     slot_steps: int = 0
+    sampled_logprobs: Tensor | None = None
 
     @property
     def lengths(self) -> Tensor:

@@ -1,7 +1,7 @@
 """The plug-in on the real verl package, on the CPU: its registries, data structures, engine, trainer and agent loop.
 
 verl's engines train on GPUs only. So a bare FSDP engine without FSDP runs the tiny model here; everything between the
-batch and the gradient, and between the actors' metrics and the window, is verl's own code. `make test-verl` runs this.
+batch and the gradient, and between the actors' metrics and the window, is verl's own code: `make test-engines`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-pytest.importorskip("verl", reason="verl is not installed here: make test-verl")
-pytest.importorskip("transfer_queue", reason="verl's trainer needs TransferQueue: make test-verl")
+pytest.importorskip("verl", reason="verl is not installed here: make test-engines")
+pytest.importorskip("transfer_queue", reason="verl's trainer needs TransferQueue: make test-engines")
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -43,6 +43,19 @@ def distillation_metrics(rollouts: Rollouts, scores: TeacherScores) -> dict[str,
     }
 
 
+def engine_metrics(rollouts: Rollouts, trainer_logprobs: Tensor | None) -> dict[str, float]:
+    """How far the engine that sampled is from the policy that is trained, when they are two; nats, over kept tokens."""
+    if rollouts.sampled_logprobs is None or trainer_logprobs is None:
+        return {}
+    gap = (trainer_logprobs - rollouts.sampled_logprobs)[rollouts.response_mask].double()
+    return {
+        "rollout/logprob_gap_mean": gap.abs().mean().item(),
+        "rollout/logprob_gap_max": gap.abs().max().item(),
+        # k3 estimate of KL(engine || trainer): unbiased, never negative. Schulman, "Approximating KL divergence" (2020)
+        "rollout/engine_kl": (gap.exp() - 1 - gap).mean().item(),
+    }
+
+
 def position_means(key: str, sums: Tensor, counts: Tensor) -> Iterator[tuple[str, float]]:
     """Overall mean and means of position buckets from sums (T,) and counts (T,) by position.
 

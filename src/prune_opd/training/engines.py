@@ -1,4 +1,4 @@
-"""The teacher that a recipe names, in this process or behind servers, checked before the first step."""
+"""The sampler and the teacher that a recipe names, checked before the first step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prune_opd.config import Config
-from prune_opd.errors import ModelError
+from prune_opd.errors import EngineError, ModelError
+from prune_opd.sampling.base import Sampler
+from prune_opd.sampling.local import LocalSampler
+from prune_opd.sampling.vllm import VLLMSampler
 from prune_opd.serving import Servers
 from prune_opd.teachers.base import Teacher
 from prune_opd.teachers.local import LocalTeacher
@@ -18,6 +21,45 @@ from prune_opd.training.files import read_json, write_json
 from prune_opd.training.plan import read_model_config
 
 TEACHER_PROBE = "teacher_probe.json"
+
+
+def build_sampler(
+    config: Config,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    vocab_size: int,
+    max_model_len: int,
+    processes: int = 1,
+) -> Sampler:
+    """The sampler of a recipe. Raises EngineError when vLLM is asked for and cannot be used."""
+    rollout, pad_id, eos_ids = config.rollout, tokenizer.pad_token_id, models.end_ids(student, tokenizer)
+    if not rollout.use_vllm:
+        return LocalSampler(student, pad_id=pad_id, eos_ids=eos_ids, vocab_size=vocab_size, slots=rollout.slots)
+    if processes > 1:
+        raise EngineError(
+            f"rollout.use_vllm is for one process, and this run has {processes}; set it to false, or train under verl "
+            "(docs/scaling.md)"
+        )
+    rows = student.get_output_embeddings().weight.shape[0]
+    if vocab_size < rows:
+        raise EngineError(
+            f"the student has {rows} ids and the teacher {vocab_size}; vLLM could sample ids that the teacher does not "
+            "have. Set rollout.use_vllm = false, whose sampler leaves them out"
+        )
+    return VLLMSampler(
+        student,
+        model=models.resolve_model(config.model.model_name_or_path),
+        dtype=config.model.dtype,
+        pad_id=pad_id,
+        eos_ids=eos_ids,
+        slots=rollout.slots,
+        top_k=config.objective.top_k,
+        max_model_len=max_model_len,
+        seed=config.training.seed,
+        gpu_memory_utilization=rollout.vllm_gpu_memory_utilization,
+        trust_remote_code=config.model.trust_remote_code,
+    )
 
 
 def build_teacher(

@@ -40,6 +40,7 @@ from prune_opd.tracking.console import step_view
 from prune_opd.tracking.drift_log import drift_record
 from prune_opd.tracking.metrics import (
     distillation_metrics,
+    engine_metrics,
     repetition_rate,
     reward_metrics,
     stop_metrics,
@@ -61,7 +62,7 @@ from prune_opd.training.checkpoint import (
     save_checkpoint,
     tidy,
 )
-from prune_opd.training.engines import build_teacher, remember_teacher
+from prune_opd.training.engines import build_sampler, build_teacher, remember_teacher
 from prune_opd.training.faults import SPIKE, USUAL_AFTER, running_norm, write_skipped
 from prune_opd.training.files import (
     append_json,
@@ -134,17 +135,19 @@ class Trainer:
         longest = max(config.rollout.max_completion_length, config.evaluation.max_tokens if self.eval_prompts else 0)
         models.check_context(self.student, names[0], config.data.max_prompt_length + longest)
         self.teacher, self.vocab_size = build_teacher(config, self.student, self.tokenizer, self.run_dir, device=device)
-        self.sampler: Sampler = LocalSampler(
+        self.sampler: Sampler = build_sampler(
+            config,
             self.student,
-            pad_id=self.tokenizer.pad_token_id,
-            eos_ids=models.end_ids(self.student, self.tokenizer),
+            self.tokenizer,
             vocab_size=self.vocab_size,
-            slots=config.rollout.slots,
+            max_model_len=config.data.max_prompt_length + longest,
+            processes=world.size,
         )
         if config.calibrates:  # before the student is sharded; every rank measures the same
             self.calibration = world.gather(self._calibrate())[0]
             self.config = config = config.with_threshold(self.calibration["threshold"])
         if config.training.parallel == "fsdp2" and world.size > 1:
+            assert isinstance(self.sampler, LocalSampler)  # vLLM is for one process
             self.sampler = distributed.WholeWeightsSampler(self.sampler, self.student)
             distributed.shard(self.student)
         self.window = build_window(config)
@@ -549,6 +552,7 @@ def metrics_of(result: StepResult, config: Config) -> dict[str, Any]:
         "prune_opd/effective_response_length_p90": effective.quantile(0.9).item(),
         "prune_opd/loss_weight_mean": (result.weight.sum() / trained).item(),
         **distillation_metrics(rollouts, scores),
+        **engine_metrics(rollouts, result.trainer_logprobs),
         "completions/mean_length": lengths.double().mean().item(),
         "completions/eos_rate": rollouts.finished.double().mean().item(),
         "completions/clipped_ratio": (unfinished & ~rollouts.stopped).double().mean().item(),

@@ -1,0 +1,39 @@
+"""When another engine sampled the rollouts: what the trained policy says of them, and weights that make up for the gap.
+
+The weights are the same and the kernels are not, so the policy that sampled is not quite the one that is trained.
+`rollout.vllm_importance_sampling_cap` corrects for it; what the gap is, is logged in any case.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prune_opd.config import Config
+from prune_opd.core.head import candidate_logprobs
+from prune_opd.core.importance import truncated_importance
+from prune_opd.modeling import output_head
+from prune_opd.types import Packed, Rollouts
+
+
+@torch.no_grad()
+def sampled_logprobs(
+    student: torch.nn.Module, hidden: Tensor, vocab_size: int, rollouts: Rollouts, part: Packed
+) -> Tensor:
+    """(N,) float32: the trained policy's log-probabilities of a micro-batch's sampled tokens."""
+    sampled = rollouts.response_ids[part.rollout, part.position].unsqueeze(-1)
+    return candidate_logprobs(hidden, output_head(student), sampled, vocab_size=vocab_size).squeeze(-1)
+
+
+def corrected(
+    weight: Tensor, advantage: Tensor | None, rollouts: Rollouts, trainer_logprobs: Tensor, config: Config
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and advantage (B, T) times the truncated importance of the trained policy over the engine that sampled."""
+    cap = config.rollout.vllm_importance_sampling_cap
+    if cap is None or rollouts.sampled_logprobs is None:
+        return weight, advantage
+    both, mask = (trainer_logprobs, rollouts.sampled_logprobs), rollouts.response_mask
+    of_token = truncated_importance(*both, mask, cap=cap, at_sampled_token=True)
+    of_prefix = truncated_importance(*both, mask, cap=cap, at_sampled_token=False)
+    weight = weight * (of_token if config.objective.loss == "sampled_token" else of_prefix)
+    return weight, None if advantage is None else advantage * of_token
