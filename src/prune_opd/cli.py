@@ -7,13 +7,16 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from prune_opd.config import EvaluationSection, load_config
 from prune_opd.errors import ConfigError, PruneOPDError, RunInterrupted
+
+if TYPE_CHECKING:
+    from prune_opd.training.doctor import Finding
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -87,6 +90,37 @@ def train(
     checkpoint, _ = latest_checkpoint(trainer.run_dir / "checkpoints")
     if push_to_hub and checkpoint:
         _say(f"uploaded {checkpoint} to {push(checkpoint, push_to_hub)}")
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "prune-opd doctor recipes/quickstart.toml\n\n"
+    "prune-opd doctor recipes/paper/justrl-1.5b.toml --prompts 0"
+)
+def doctor(
+    recipe: Recipe,
+    set_: Settings = None,
+    prompts: Annotated[
+        int, typer.Option(min=0, help="Prompts that both models answer for the probe; with 0 no weights are loaded.")
+    ] = 8,
+) -> None:
+    """Check RECIPE before it costs anything, and say what its pair promises. Exits with 1 if it cannot run."""
+    config = load_config(recipe, set_ or ())
+    from prune_opd.training.doctor import examine
+
+    marks = {
+        "ok": "[green]ok[/]",
+        "warning": "[yellow]look[/]",
+        "failed": "[red]FAILED[/]",
+        "skipped": "[dim]skipped[/]",
+    }
+
+    def tell(finding: Finding) -> None:
+        console.print(f"{marks[finding.status]} [bold]{finding.subject}[/]: ", end="")
+        _say(finding.text)
+
+    if not examine(config, probe_prompts=prompts, tell=tell):
+        raise typer.Exit(1)
 
 
 @app.command(

@@ -71,7 +71,9 @@ def evaluate_model(
     torch_device = models.resolve_device(device)
     model = models.load_model(model_name, section, dtype=dtype, device=torch_device).eval()
     settings = _fitted(settings, model, model_name, max(len(p.token_ids) for p in prompts), console)
-    sampler = LocalSampler(model, pad_id=tokenizer.pad_token_id, eos_ids=models.end_ids(model, tokenizer), slots=slots)
+    sampler = LocalSampler(
+        model, pad_id=tokenizer.pad_token_id, eos_ids=models.end_ids(model.generation_config, tokenizer), slots=slots
+    )
     output_dir.mkdir(parents=True, exist_ok=True)
     with _progress(console, len(prompts), settings.k) as on_progress:
         found = evaluate(

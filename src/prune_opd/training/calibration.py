@@ -26,11 +26,12 @@ from prune_opd.modeling import hidden_states, output_head, packed_inputs
 from prune_opd.replay import SAFE_SHARE
 from prune_opd.sampling.base import Sampler, rollout_uniforms
 from prune_opd.sampling.local import LocalSampler
+from prune_opd.teachers.base import Teacher
 from prune_opd.teachers.local import LocalTeacher
 from prune_opd.training.files import read_json
 from prune_opd.training.models import end_ids
 from prune_opd.training.plan import longest_response
-from prune_opd.types import Rollouts, TeacherScores, TopK, pack
+from prune_opd.types import Rollouts, TopK, pack
 
 CALIBRATION = "calibration.json"
 CALIBRATION_STREAM = 4  # of random numbers; 0 to 3 are training, evaluation, audits and the random control
@@ -62,16 +63,13 @@ class Written:
         }
 
 
-def student_written(
-    config: Config, prompts: Sequence[Sequence[int]], sampler: Sampler, teacher: Any
-) -> tuple[Written, TeacherScores]:
-    """The student's responses of up to the longest that training allows, and all that the teacher says of them."""
+def student_written(config: Config, prompts: Sequence[Sequence[int]], sampler: Sampler, teacher: Teacher) -> Written:
+    """The student's responses of up to the longest that training allows, and the teacher's candidates along them."""
     rollouts = sampler.sample(
         prompts, _uniforms(config, prompts), temperature=config.rollout.temperature, top_k=config.objective.top_k
     )
     assert rollouts.student is not None
-    scores = teacher.score(rollouts, top_k=config.objective.top_k)
-    return Written(rollouts, rollouts.student, scores.topk), scores
+    return Written(rollouts, rollouts.student, teacher.score(rollouts, top_k=config.objective.top_k).topk)
 
 
 def teacher_written(
@@ -85,7 +83,7 @@ def teacher_written(
     sampler = LocalSampler(
         teacher.model,
         pad_id=tokenizer.pad_token_id,
-        eos_ids=end_ids(teacher.model, tokenizer),
+        eos_ids=end_ids(teacher.model.generation_config, tokenizer),
         vocab_size=teacher.vocab_size,
         slots=config.rollout.slots,
     )
@@ -104,10 +102,8 @@ def candidates_along(model: Any, rollouts: Rollouts, top_k: int, vocab_size: int
     model.eval()
     for part in pack(rollouts, token_budget):
         hidden = hidden_states(model, packed_inputs(model, part))[part.row, part.column]
-        statistics, where = (
-            head_statistics(hidden, head, top_k=top_k, vocab_size=vocab_size),
-            (part.rollout, part.position),
-        )
+        statistics = head_statistics(hidden, head, top_k=top_k, vocab_size=vocab_size)
+        where = part.rollout, part.position
         found.ids[where], found.logprobs[where] = statistics.topk_ids, statistics.topk_logprobs
         found.entropy[where] = statistics.entropy
     model.train(was_training)
@@ -169,7 +165,7 @@ def calibrate(
     """
     began = time.perf_counter()
     by_teacher = teacher_written(config, prompts, student, teacher, tokenizer)
-    by_student, _ = student_written(config, prompts, sampler, teacher)
+    by_student = student_written(config, prompts, sampler, teacher)
     pruning = config.pruning
     threshold = largest_safe_threshold(
         by_teacher.compatibility(pruning.metric), by_teacher.rollouts.response_mask, pruning, config.objective.top_k

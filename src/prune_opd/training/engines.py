@@ -33,7 +33,11 @@ def build_sampler(
     processes: int = 1,
 ) -> Sampler:
     """The sampler of a recipe. Raises EngineError when vLLM is asked for and cannot be used."""
-    rollout, pad_id, eos_ids = config.rollout, tokenizer.pad_token_id, models.end_ids(student, tokenizer)
+    rollout, pad_id, eos_ids = (
+        config.rollout,
+        tokenizer.pad_token_id,
+        models.end_ids(student.generation_config, tokenizer),
+    )
     if not rollout.use_vllm:
         return LocalSampler(student, pad_id=pad_id, eos_ids=eos_ids, vocab_size=vocab_size, slots=rollout.slots)
     if processes > 1:
@@ -66,21 +70,21 @@ def build_teacher(
     config: Config,
     student: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    run_dir: Path,
+    run_dir: Path | None,
     *,
     device: torch.device,
 ) -> tuple[Teacher, int]:
     """The teacher, and how many ids it shares with the student.
 
     Raises ModelError, TokenizerError or ServerError when it does not fit the student or the recipe, or is another
-    served teacher than the one that this run directory began with.
+    served teacher than the one that this run directory, where there is one, began with.
     """
     settings, top_k = config.model, config.objective.top_k
     name = settings.teacher_model_name_or_path
     longest = config.data.max_prompt_length + config.rollout.max_completion_length
     if settings.teacher_model_server_url is None:
         model = models.load_model(name, settings, dtype=settings.teacher_dtype, device=device)
-        models.check_context(model, name, longest)
+        models.check_context(model.config, name, longest)
         vocab_size = models.shared_vocab_size(student, model.get_output_embeddings().weight.shape[0], top_k)
         return LocalTeacher(model, vocab_size=vocab_size), vocab_size
     teacher_config = read_model_config(name, settings, local_files_only=False)
@@ -100,8 +104,8 @@ def build_teacher(
     teacher = ServedTeacher(
         servers, model=served.model or name, vocab_size=vocab_size, top_logprobs=min(served.top_logprobs, vocab_size)
     )
-    probe = run_dir / TEACHER_PROBE
-    teacher.check(tokenizer, longest, read_json(probe).get("logprobs") if probe.exists() else None)
+    probe = run_dir / TEACHER_PROBE if run_dir else None
+    teacher.check(tokenizer, longest, read_json(probe).get("logprobs") if probe and probe.exists() else None)
     return teacher, vocab_size
 
 

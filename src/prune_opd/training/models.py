@@ -7,7 +7,14 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from prune_opd.config import Config, LoraSection, ModelSection
 from prune_opd.errors import ModelError, TokenizerError
@@ -130,9 +137,9 @@ def check_token_maps(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
     )
 
 
-def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_ids(settings: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every id that ends a response: the tokenizer's EOS and those that the model's generation settings name."""
-    named = getattr(model.generation_config, "eos_token_id", None)
+    named = getattr(settings, "eos_token_id", None)
     named = [] if named is None else named if isinstance(named, list) else [named]
     return sorted({tokenizer.eos_token_id, *named})
 
@@ -145,9 +152,9 @@ def shared_vocab_size(student: PreTrainedModel, teacher_size: int, top_k: int) -
     return size
 
 
-def check_context(model: PreTrainedModel, name: str, longest: int) -> None:
+def check_context(model_config: PretrainedConfig, name: str, longest: int) -> None:
     """The longest prompt plus response must fit the model's positions."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(model_config, "max_position_embeddings", None)
     if limit is not None and longest > limit:
         raise ModelError(
             f"model {name!r} has {limit} positions, but data.max_prompt_length plus the longest response is {longest}; "

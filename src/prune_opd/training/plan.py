@@ -65,7 +65,7 @@ def describe_plan(config: Config) -> str:
     memory = estimate_memory(config)
     blocks = [
         ("Plan", list(_plan(config, memory))),
-        (f"Memory of one process, from {memory.source}", list(_memory(config, memory))),
+        (f"Memory of one process, from {memory.source}", list(memory_rows(config, memory))),
         ("Settings", list(_settings(config))),
     ]
     return "\n\n".join(
@@ -151,7 +151,7 @@ def _plan(config: Config, memory: Memory) -> Iterator[tuple[str, str]]:
     yield "tokens", f"at most {most:,} sampled and scored in training{uncut if most < budget else ''}"
     yield "evaluation", _evaluation(config)
     saved = len(_every(training.save_every, training.steps))
-    size = f", {_size(memory.checkpoint)} each" if memory.checkpoint is not None else ""
+    size = f", {size_text(memory.checkpoint)} each" if memory.checkpoint is not None else ""
     yield (
         "checkpoints",
         f"{saved}, every {training.save_every} steps and after the last, of which {training.keep_last} are kept{size}",
@@ -418,38 +418,40 @@ def _total(parts: Iterable[int | None]) -> int:
     return sum(part or 0 for part in parts)
 
 
-def _memory(config: Config, memory: Memory) -> Iterator[tuple[str, str]]:
+def memory_rows(config: Config, memory: Memory) -> Iterator[tuple[str, str]]:
+    """What each part of a run takes, as (name, text)."""
     rows, width, _ = micro_batch_shape(config)
-    yield "student weights", _size(memory.student)
-    yield "gradients", _size(memory.gradients)
-    yield "AdamW state", _size(memory.optimizer)
-    yield "teacher weights", _size(memory.teacher)
+    yield "student weights", size_text(memory.student)
+    yield "gradients", size_text(memory.gradients)
+    yield "AdamW state", size_text(memory.optimizer)
+    yield "teacher weights", size_text(memory.teacher)
     shape = f"micro-batch of {rows:,} x {width:,} tokens"
     how = ", layers made again in backward" if config.training.gradient_checkpointing else ""
-    yield "activations", f"{_size(memory.activations)} ({shape}{how})"
-    yield "logits", _size(memory.logits)
+    yield "activations", f"{size_text(memory.activations)} ({shape}{how})"
+    yield "logits", size_text(memory.logits)
     yield (
         "KV cache, training",
-        f"{_size(memory.cache_training)} ({rollouts_at_once(config)} rollouts x {width:,} tokens at a time)",
+        f"{size_text(memory.cache_training)} ({rollouts_at_once(config)} rollouts x {width:,} tokens at a time)",
     )
     if config.stops_in_flight:
         yield (
             "KV cache, teacher",
-            f"{_size(memory.cache_teacher)} ({config.rollout.slots} slots x {width:,} tokens, beside the student's)",
+            f"{size_text(memory.cache_teacher)} ({config.rollout.slots} slots x {width:,} tokens, beside student's)",
         )
     answers, longest = evaluation_at_once(config)
     if answers:
         yield (
             "KV cache, evaluation",
-            f"{_size(memory.cache_evaluation)} ({answers} answers x {longest:,} tokens at a time)",
+            f"{size_text(memory.cache_evaluation)} ({answers} answers x {longest:,} tokens at a time)",
         )
     if memory.peak is not None:
-        yield "peak", f"about {_size(memory.peak)}: what is not sharded or offloaded must fit on one device"
+        yield "peak", f"about {size_text(memory.peak)}: what is not sharded or offloaded must fit on one device"
     else:
         yield "peak", "unknown without config.json; for a model of the Hub: hf download NAME config.json"
 
 
-def _size(count: int | None) -> str:
+def size_text(count: int | None) -> str:
+    """Bytes as people read them."""
     if count is None:
         return "unknown"
     for unit, size in (("GiB", 2**30), ("MiB", 2**20)):

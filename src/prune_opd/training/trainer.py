@@ -133,7 +133,7 @@ class Trainer:
         if checkpoint is not None:
             load_weights(checkpoint, self.student, config)
         longest = max(config.rollout.max_completion_length, config.evaluation.max_tokens if self.eval_prompts else 0)
-        models.check_context(self.student, names[0], config.data.max_prompt_length + longest)
+        models.check_context(self.student.config, names[0], config.data.max_prompt_length + longest)
         self.teacher, self.vocab_size = build_teacher(config, self.student, self.tokenizer, self.run_dir, device=device)
         self.sampler: Sampler = build_sampler(
             config,
