@@ -19,6 +19,7 @@ COMMANDS = [
     for line in block.splitlines()
 ]
 SHORT = {  # the same command, over in seconds
+    "doctor": "--prompts 2",
     "train": "--set training.steps=1 --set rollout.prompts_per_step=2 --set evaluation.num_problems=2",
     "compare": "--set training.steps=1 --set rollout.prompts_per_step=2 --set evaluation.num_problems=2 --seeds 1",
     "eval": "--num-problems 2 --k 1 --max-tokens 322",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import signal
 import warnings
 from io import StringIO
 
@@ -13,8 +15,9 @@ import pytest
 from rich.console import Console
 
 from prune_opd.config import load_config
-from prune_opd.errors import ConfigError, RunDirectoryError
+from prune_opd.errors import ConfigError, RunDirectoryError, RunInterrupted
 from prune_opd.evaluation.evaluate import bootstrap_ci95
+from prune_opd.step import prune_opd_step
 from prune_opd.training.arms import SETTINGS, Reference, arm_config
 from prune_opd.training.compare import compare
 from prune_opd.training.results import difference, results_table, seconds_to, spread
@@ -106,10 +109,22 @@ def test_a_comparison_writes_what_it_promises(finished):
 
 
 def test_the_table_fits_80_columns(finished):
+    """As a long comparison fills it: three digits of seconds, two of points, millions of tokens."""
+    wide = json.loads(json.dumps(finished[1]))
+    for arm in wide["arms"]:
+        arm["arm"] = "prune-inflight" if arm["arm"] == "prune" else arm["arm"]
+        arm["accuracy"] |= {"mean": 0.654, "std": 0.123}
+        arm["train_seconds"] |= {"mean": 1234.5, "std": 56.7}
+        arm["student_tokens"]["mean"], arm["seconds_to_baseline"] = 5e6, 999.9
+        if "difference" in arm:
+            arm["difference"]["accuracy"] |= {"mean": -0.123, "ci95": (-0.345, 0.112)}
+            arm["train_seconds_saving"] = -0.54
     text = StringIO()
-    Console(width=80, file=text).print(results_table(finished[1]))
+    Console(width=80, file=text).print(results_table(wide))
     text = text.getvalue()
-    assert "…" not in text and all(arm["arm"] in text for arm in finished[1]["arms"])
+    assert "…" not in text and all(arm["arm"] in text for arm in wide["arms"])
+    for number in ("65.4 ± 12.3", "-12.3 [-34.5, 11.2]", "1234 ± 57", "-54%", "1000", "5,000k"):
+        assert number in text
 
 
 def test_a_comparison_that_was_interrupted_goes_on(finished, tmp_path):
@@ -127,6 +142,25 @@ def test_a_comparison_that_was_interrupted_goes_on(finished, tmp_path):
     assert (folder / "opd-seed1/metrics.jsonl").read_text() == before
     for old, new in zip(results["arms"], again["arms"], strict=True):
         assert new["accuracy"] == old["accuracy"] and new["student_tokens"] == old["student_tokens"]
+
+
+def test_a_signal_stops_a_comparison_and_says_how_to_go_on(finished, tmp_path, monkeypatch):
+    def killed(**settings):
+        if settings["config"].pruning.enable:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return prune_opd_step(**settings)
+
+    config = load_config(RECIPE, [*SMALL, "training.steps=2", "pruning.w_drop=0.5"])
+    again = {"arms": ["opd", "prune"], "seeds": (1,), "output_dir": tmp_path / "out", "console": quiet()}
+    with monkeypatch.context() as patch:
+        patch.setattr("prune_opd.training.trainer.prune_opd_step", killed)
+        with pytest.raises(RunInterrupted, match=f"after step 1 of 2.*--resume and --output-dir {tmp_path / 'out'}$"):
+            compare(config, **again)
+    (only,) = json.loads((tmp_path / "out/compare.json").read_text())["arms"]
+    assert only["arm"] == "opd", "what had ended is written"
+    found = compare(config, **again, resume=True)
+    first = {arm["arm"]: arm["runs"][0]["accuracy"] for arm in finished[1]["arms"]}
+    assert {arm["arm"]: arm["accuracy"]["mean"] for arm in found["arms"]} == {a: first[a] for a in ("opd", "prune")}
 
 
 def test_runs_of_another_comparison_can_be_followed_but_no_others(finished, tmp_path):

@@ -422,6 +422,8 @@ def _cut(text: str) -> str:
 
 
 def _setting(value: Any) -> str:
+    if isinstance(value, list) and len(value) > 8:  # one number a step, of a control
+        return f"{json.dumps(value[:3])[:-1]}, …, {json.dumps(value[-1])}] ({len(value)} entries)"
     return value if isinstance(value, str) else "not set" if value is None else json.dumps(value)
 
 

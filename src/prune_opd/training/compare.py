@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from prune_opd.config import Config
-from prune_opd.errors import ConfigError, RunDirectoryError
+from prune_opd.errors import ConfigError, RunDirectoryError, RunInterrupted
 from prune_opd.training.arms import (
     FOLLOW_REFERENCE,
     FOLLOWED,
@@ -116,7 +116,13 @@ def _all_runs(
 
 def _run(config: Config, run_dir: Path, seed: int, resume: bool, console: Console | None = None) -> dict[str, Any]:
     trainer = Trainer(config, run_dir, resume="auto" if resume else "never", console=console or Console(quiet=True))
-    return run_record(run_dir, seed, vars(trainer.train()))
+    try:
+        totals = trainer.train()
+    except RunInterrupted as error:  # its own advice is for a run that `train` began
+        raise RunInterrupted(
+            f"{str(error).split(';')[0]}; go on with the same command, with --resume and --output-dir {run_dir.parent}"
+        ) from None
+    return run_record(run_dir, seed, vars(totals))
 
 
 def _run_dir(output_dir: Path, arm: str, seed: int) -> Path:

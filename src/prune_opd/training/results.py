@@ -141,8 +141,7 @@ def results_table(results: dict[str, Any]) -> Table:
         + f"; to equal: training s until the accuracy that {results['baseline']} had at the end",
         box=box.SIMPLE,
         show_edge=False,
-        pad_edge=False,
-        collapse_padding=True,
+        padding=0,  # the box has a space between columns
     )
     for heading in ("arm", "accuracy", "difference", "training s", "saved", "to equal", "tokens"):
         table.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=True)
@@ -153,16 +152,17 @@ def results_table(results: dict[str, Any]) -> Table:
             arm["arm"],
             _with_std(arm["accuracy"], 100),
             _difference(found) if found else "-",
-            _with_std(arm["train_seconds"], 1),
-            "-" if saving is None else f"{saving:.1%}",
+            _with_std(arm["train_seconds"], 1, digits=0 if arm["train_seconds"]["mean"] >= 100 else 1),
+            "-" if saving is None else f"{saving:.0%}",
             "-" if to_equal is None else f"{to_equal:.0f}",
             f"{arm['student_tokens']['mean'] / 1000:,.0f}k",
         )
     return table
 
 
-def _with_std(value: dict[str, Any], scale: float) -> str:
-    return f"{scale * value['mean']:.1f}" + (f" ± {scale * value['std']:.1f}" if value["std"] is not None else "")
+def _with_std(value: dict[str, Any], scale: float, digits: int = 1) -> str:
+    std = f" ± {scale * value['std']:.{digits}f}" if value["std"] is not None else ""
+    return f"{scale * value['mean']:.{digits}f}{std}"
 
 
 def _difference(accuracy: dict[str, Any]) -> str:
