@@ -216,7 +216,7 @@ def _in_flight(config: Config) -> str:
     settings, spent = config.pruning.in_flight, events_until_unreliable(config)
     stop = settings.stop_after_events or spent
     return (
-        f"the teacher looks every {settings.chunk} decode steps; a rollout stops "
+        f"every {settings.chunk} decode steps the teacher looks at rollouts that may be spent; one stops "
         + (f"at its event {stop:,}" if stop else "never, since no number of events spends its reliability")
         + (f", not before {settings.min_tokens:,} tokens" if settings.min_tokens else "")
         + f"; {settings.audit_share:.1%} of the rollouts run on as audits"
