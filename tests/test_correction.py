@@ -14,7 +14,7 @@ from tests.core import reference
 from tests.families import EOS, PAD, VOCAB, tiny_model
 from tests.test_step import config_of, gradients, related, run_step
 
-CAP = "rollout.vllm_importance_sampling_cap"
+CAP = "rollout.importance_sampling_cap"
 ENGINE = {"rollout.use_vllm": True}
 
 

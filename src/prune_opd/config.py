@@ -86,10 +86,15 @@ class RolloutSection(Section):
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; other than 1 is not on-policy.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus of the student's sampling; below 1 is not on-policy.")
     slots: PositiveInt = Field(64, description="Rollouts that decode at the same time; as many as memory allows.")
+    ahead: bool = Field(
+        False, description="Sample the next step's rollouts while this one updates; their policy is one update old."
+    )
     use_vllm: bool = Field(False, description="Sample with a vLLM engine in this process, synchronised at every step.")
     vllm_gpu_memory_utilization: float = Field(0.3, gt=0, le=1, description="Share of the GPU that vLLM may take.")
-    vllm_importance_sampling_cap: float | None = Field(
-        None, gt=0, description="Weigh by min(cap, p_trainer / p_vLLM) of a token; unset, no correction."
+    importance_sampling_cap: float | None = Field(
+        None,
+        gt=0,
+        description="With use_vllm or ahead: weigh by min(cap, p_trainer / p_sampler) of a token; unset, not at all.",
     )
 
 
@@ -362,8 +367,10 @@ def settings_without_effect(config: Config) -> Iterator[tuple[str, str]]:
                 if not name.endswith(".enable"):
                     yield name, "dynamic_response_length.enable is false"
     if not config.rollout.use_vllm:
-        for name in written(config.rollout, "rollout", "vllm_gpu_memory_utilization", "vllm_importance_sampling_cap"):
+        for name in written(config.rollout, "rollout", "vllm_gpu_memory_utilization"):
             yield name, "rollout.use_vllm is false"
+        for name in () if config.rollout.ahead else written(config.rollout, "rollout", "importance_sampling_cap"):
+            yield name, "rollout.use_vllm and rollout.ahead are false: the policy that is trained samples"
     if config.model.teacher_model_server_url is None:
         for name in written(config.model.teacher_server, "model.teacher_server"):
             yield name, "model.teacher_model_server_url is not set, so the teacher runs in this process"
@@ -449,6 +456,12 @@ def _check_conflicts(config: Config, where: str) -> None:
                 "rollout is compared with others of its prompt; raise it, or take the reward out"
             )
     _check_controls(config, where)
+    if config.rollout.ahead and (config.rollout.use_vllm or config.training.parallel == "fsdp2"):
+        other = "rollout.use_vllm" if config.rollout.use_vllm else 'training.parallel = "fsdp2"'
+        raise ConfigError(
+            f"{where}: rollout.ahead needs a copy of the whole student to sample from, which {other} does not have; "
+            "leave one of them out"
+        )
     if config.training.warmup_steps >= config.training.steps:
         raise ConfigError(
             f"{where}: training.warmup_steps = {config.training.warmup_steps} leaves none of training.steps = "

@@ -1,7 +1,7 @@
-"""When another engine sampled the rollouts: what the trained policy says of them, and weights that make up for the gap.
+"""When another policy sampled the rollouts: what the trained one says of them, and weights that make up for the gap.
 
-The weights are the same and the kernels are not, so the policy that sampled is not quite the one that is trained.
-`rollout.vllm_importance_sampling_cap` corrects for it; what the gap is, is logged in any case.
+An engine has the same weights and other kernels; rollouts that were sampled ahead have weights of one update before.
+`rollout.importance_sampling_cap` corrects for it; what the gap is, is logged in any case.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def corrected(
     weight: Tensor, advantage: Tensor | None, rollouts: Rollouts, trainer_logprobs: Tensor, config: Config
 ) -> tuple[Tensor, Tensor | None]:
     """Weight and advantage (B, T) times the truncated importance of the trained policy over the engine that sampled."""
-    cap = config.rollout.vllm_importance_sampling_cap
+    cap = config.rollout.importance_sampling_cap
     if cap is None or rollouts.sampled_logprobs is None:
         return weight, advantage
     both, mask = (trainer_logprobs, rollouts.sampled_logprobs), rollouts.response_mask

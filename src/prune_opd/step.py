@@ -1,6 +1,6 @@
 """Prune-OPD on one page: one training step, top to bottom. This is the code that trains.
 
-    sample → teacher scores → drift → weights → loss → optimiser → window
+    sample → teacher scores → drift → weights → window → loss → optimiser
        └──── stop in flight ────┘
 
 The student answers each prompt with at most M tokens, and its top-k is kept as it samples. The teacher scores the same
@@ -63,6 +63,20 @@ from prune_opd.world import ALONE, World, whole
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
+    from prune_opd.training.ahead import RolloutsAhead
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Rollouts of a step, before the teacher's word is whole. numbers: which of the step's rollouts these are (a rank's
+    share) · audit (B,) bool · in_flight: who watched them, if anybody did.
+    """
+
+    numbers: Sequence[int]
+    audit: Tensor
+    in_flight: InFlightStop | None
+    rollouts: Rollouts
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -103,6 +117,7 @@ def prune_opd_step(
     config: Config,
     reward: Callable[[Sequence[int], Rollouts], Tensor] | None = None,
     world: World = ALONE,
+    ahead: RolloutsAhead | None = None,
 ) -> StepResult:
     """Sample, score, weigh, update, steer the window. `window` None: every response may use the whole budget.
 
@@ -111,6 +126,8 @@ def prune_opd_step(
 
     Each rank of `world` is given all prompts and takes its share. Rollouts, loss, gradient and window are those of one
     process, whatever the number of ranks.
+
+    ahead: may have sampled this step's rollouts already, and begins on the next ones as soon as their length is known.
 
     Where no token carries weight there is nothing to learn: a warning, and no update (momentum would move the weights).
     Raises NonFiniteError, with the rollouts and before the weights are touched, when logits of student or teacher, the
@@ -121,23 +138,12 @@ def prune_opd_step(
     watch = Stopwatch(device)
 
     # 1. The student answers on its own policy, up to the window; in flight, the teacher reads along and may end it.
-    max_length = window.length if window else config.rollout.max_completion_length
-    numbers = world.share([len(prompt) + max_length for prompt in prompts])
-    prompts = [prompts[number] for number in numbers]
-    audit = audited(training.seed, step, numbers, pruning.in_flight.audit_share)
-    in_flight = None
-    if config.stops_in_flight and prompts:
-        stream = teacher.stream(prompts, max_length, top_k=objective.top_k, slots=config.rollout.slots)
-        in_flight = InFlightStop(stream, pruning, audit, watch)
     with watch.phase("rollout"):
-        rollouts = sampler.sample(
-            prompts,
-            rollout_uniforms(training.seed, step, numbers, max_length),
-            temperature=config.rollout.temperature,
-            top_p=config.rollout.top_p,
-            top_k=objective.top_k,
-            watcher=in_flight,
-        )
+        sampled = ahead.take() if ahead else None
+        if sampled is None:
+            max_length = window.length if window else config.rollout.max_completion_length
+            sampled = sample_rollouts(step, prompts, max_length, sampler, teacher, config, watch, world)
+    numbers, rollouts, in_flight = sampled.numbers, sampled.rollouts, sampled.in_flight
     assert rollouts.student is not None
     check_student(step + 1, numbers, rollouts, world)
 
@@ -167,7 +173,12 @@ def prune_opd_step(
             everyone = group_advantage(world.in_order(numbers, rewards), config.rollout.num_generations)
             advantage = everyone[numbers].float().to(device).unsqueeze(-1).expand(mask.shape)
 
-    # 5. The objective on the kept tokens. Gradients of loss sums add up, so the grouping into micro-batches is free.
+    # 5. How far reliability reached decides how long the next responses may be.
+    change = window.update(world.in_order(numbers, drift.effective_length.cpu())) if window else None
+    if ahead:
+        ahead.begin(step + 1, window.length if window else config.rollout.max_completion_length)
+
+    # 6. The objective on the kept tokens. Gradients of loss sums add up, so the grouping into micro-batches is free.
     with watch.phase("update"):
         tokens, weighed = world.sum(float(mask.sum())), world.sum(float(weight.sum()))
         denominator = tokens if objective.weight_normalization == "token_mean" else weighed
@@ -201,7 +212,7 @@ def prune_opd_step(
                 numbers=numbers,
             )
 
-        # 6. One optimiser step on the mean over the whole batch, of all ranks.
+        # 7. One optimiser step on the mean over the whole batch, of all ranks.
         parameters = [p for p in student.parameters() if p.grad is not None]
         world.sum_gradients(parameters)
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm))
@@ -216,8 +227,6 @@ def prune_opd_step(
         else:
             warnings.warn(f"step {step + 1}: no token carries weight; the update was skipped", stacklevel=2)
 
-    # 7. How far reliability reached decides how long the next responses may be.
-    change = window.update(world.in_order(numbers, drift.effective_length.cpu())) if window else None
     return StepResult(
         numbers=numbers,
         rollouts=rollouts,
@@ -225,7 +234,7 @@ def prune_opd_step(
         events=events,
         drift=drift,
         weight=weight,
-        audit=audit,
+        audit=sampled.audit,
         spent_at=in_flight.monitor.spent_at if in_flight else None,
         rewards=rewards,
         window=change,
@@ -235,6 +244,36 @@ def prune_opd_step(
         trainer_logprobs=trainer_logprobs,
         seconds=dict(watch.seconds),
     )
+
+
+def sample_rollouts(
+    step: int,
+    prompts: Sequence[Sequence[int]],
+    max_length: int,
+    sampler: Sampler,
+    teacher: Teacher,
+    config: Config,
+    watch: Stopwatch,
+    world: World,
+) -> Sampled:
+    """This rank's share of a step's rollouts, of at most `max_length` tokens."""
+    rollout, pruning, top_k, seed = config.rollout, config.pruning, config.objective.top_k, config.training.seed
+    numbers = world.share([len(prompt) + max_length for prompt in prompts])
+    prompts = [prompts[number] for number in numbers]
+    audit = audited(seed, step, numbers, pruning.in_flight.audit_share)
+    in_flight = None
+    if config.stops_in_flight and prompts:
+        stream = teacher.stream(prompts, max_length, top_k=top_k, slots=rollout.slots)
+        in_flight = InFlightStop(stream, pruning, audit, watch)
+    rollouts = sampler.sample(
+        prompts,
+        rollout_uniforms(seed, step, numbers, max_length),
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=top_k,
+        watcher=in_flight,
+    )
+    return Sampled(numbers, audit, in_flight, rollouts)
 
 
 def loss_sums(

@@ -43,7 +43,7 @@ class Rollouts:
     the end-of-sequence token · finished (B,) bool, the rollout ended by itself · stopped (B,) bool, it was ended for
     drift · student: its top-k at each position, None when top_k was 0 · generated: tokens that were decoded, including
     those past a stop that were thrown away · slot_steps: rows times decode steps that were computed · sampled_logprobs
-    (B, T): of each token in the engine that sampled it; None where that is the model that is trained itself.
+    (B, T): of each token in the policy that sampled it, at temperature 1; None where that is the one that is trained.
     """
 
     prompts: Sequence[Sequence[int]]

@@ -203,7 +203,7 @@ def test_stops_are_at_the_token_that_spent_reliability_whatever_the_chunk(sample
 
 def test_training_with_vllm_logs_the_gap_between_the_engines(tmp_path):
     settings = ["training.steps=2", "rollout.prompts_per_step=2", "rollout.num_generations=2", "evaluation.k=1"]
-    settings += ["evaluation.num_problems=2", "rollout.use_vllm=true", "rollout.vllm_importance_sampling_cap=2"]
+    settings += ["evaluation.num_problems=2", "rollout.use_vllm=true", "rollout.importance_sampling_cap=2"]
     Trainer(load_config(RECIPE, settings), tmp_path / "run").train()
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     for record in records[1:]:

@@ -56,6 +56,7 @@ class LocalSampler:
         self.model, self.pad_id, self.vocab_size, self.slots = model, pad_id, vocab_size, slots
         self.eos_ids = frozenset(eos_ids)
         self.stride = stride or (1 if model.device.type == "cpu" else 8)
+        self.keep_sampled_logprobs = False  # of use where `model` is not the one that is trained
 
     def sample(
         self,
@@ -100,6 +101,9 @@ class _Decode:
         self.uniforms = uniforms.to(self.device)
         self.response_ids = torch.full(uniforms.shape, sampler.pad_id, device=self.device)
         self.student = TopK.empty(batch, self.cap, top_k, self.device) if top_k else None
+        self.sampled_logprobs = (
+            torch.zeros(uniforms.shape, device=self.device) if sampler.keep_sampled_logprobs else None
+        )
         self.lengths = [0] * batch
         self.finished, self.stopped = [False] * batch, [False] * batch
         self.seen_by_watcher = [0] * batch
@@ -146,6 +150,7 @@ class _Decode:
             student=self.student.at((slice(None), slice(longest))) if self.student else None,
             generated=self.generated,
             slot_steps=self.slot_steps,
+            sampled_logprobs=None if self.sampled_logprobs is None else self.sampled_logprobs[:, :longest] * mask,
         )
 
     # ---- slots ----
@@ -223,6 +228,8 @@ class _Decode:
                 self.student.ids[self.seated, self.position] = topk.indices
                 self.student.logprobs[self.seated, self.position] = topk.values
                 self.student.entropy[self.seated, self.position] = torch.special.entr(logprobs.exp()).sum(-1)
+                if self.sampled_logprobs is not None:
+                    self.sampled_logprobs[self.seated, self.position] = logprobs.gather(-1, tokens[:, None]).squeeze(-1)
             self.last_token = tokens
             self.position, self.context, self.longest = self.position + 1, self.context + 1, self.longest + 1
         self.slot_steps += stride * len(self.seats)

@@ -34,11 +34,12 @@ from prune_opd.report.model_card import model_card
 from prune_opd.rewards import GRADE, load_reward
 from prune_opd.sampling.base import Sampler
 from prune_opd.sampling.local import LocalSampler
-from prune_opd.step import StepResult, prune_opd_step
+from prune_opd.step import Sampled, StepResult, prune_opd_step, sample_rollouts
 from prune_opd.teachers.local import LocalTeacher
 from prune_opd.tracking.console import step_view
 from prune_opd.tracking.drift_log import drift_record
 from prune_opd.tracking.metrics import (
+    Stopwatch,
     distillation_metrics,
     engine_metrics,
     repetition_rate,
@@ -49,6 +50,7 @@ from prune_opd.tracking.metrics import (
 from prune_opd.tracking.rollouts import rollout_record
 from prune_opd.tracking.trackers import Log, start_trackers
 from prune_opd.training import distributed, models
+from prune_opd.training.ahead import RolloutsAhead
 from prune_opd.training.calibration import CALIBRATION, calibrate, with_known_threshold
 from prune_opd.training.checkpoint import (
     Totals,
@@ -151,6 +153,10 @@ class Trainer:
             self.sampler = distributed.WholeWeightsSampler(self.sampler, self.student)
             distributed.shard(self.student)
         self.window = build_window(config)
+        self.ahead: RolloutsAhead | None = None
+        if config.rollout.ahead:
+            assert isinstance(self.sampler, LocalSampler)  # config.py lets no other
+            self.ahead = RolloutsAhead(self.sampler, self._sample_ahead, steps=config.training.steps)
         self.optimizer, self.schedule = build_optimizer(self.student, config)
         self.totals, self.steps_done = Totals(), 0
         self.unlogged: dict[str, Any] | None = None  # the record of a step whose evaluation a signal cut off
@@ -298,6 +304,7 @@ class Trainer:
                 config=self.config,
                 reward=functools.partial(self._rewards, of_rollout) if self.reward else None,
                 world=self.world,
+                ahead=self.ahead,
             )
         except NonFiniteError as error:
             return self._skip(step, prompts, error, began)
@@ -327,6 +334,16 @@ class Trainer:
             "time/train_so_far": self.totals.train_seconds,
             "skipped_steps": self.totals.skipped_steps,
         }
+
+    def _sample_ahead(self, step: int, max_length: int, sampler: LocalSampler) -> Sampled:
+        rollout = self.config.rollout
+        prompts = [
+            prompt.token_ids
+            for prompt in self.prompts.batch(step, rollout.prompts_per_step)
+            for _ in range(rollout.num_generations)
+        ]
+        watch = Stopwatch(self.student.device)  # what it sees is not time that the step waited
+        return sample_rollouts(step, prompts, max_length, sampler, self.teacher, self.config, watch, self.world)
 
     def _rewards(self, prompts: list[Prompt], numbers: Sequence[int], rollouts: Rollouts) -> torch.Tensor:
         """(B,) float64: the task's reward of each rollout, NaN where it has none."""
