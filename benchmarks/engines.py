@@ -57,6 +57,8 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--chunk", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0, help="of the first repeat; each has its own draws")
+    parser.add_argument("--loads", nargs="+", default=["ragged", "equal"], choices=["ragged", "equal"])
     parser.add_argument("--output", default=None)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -78,6 +80,8 @@ def main() -> None:
         ("ragged", [end], arguments.longest),
         ("equal", [], arguments.equal),
     ):
+        if name not in arguments.loads:
+            continue
         title = f"{name}: at most {length} tokens, ended by {ends}"
         arms = engines(model, path, ends, length, prompts, arguments)
         results["loads"][name] = alternate(arms, arguments.repeats, title)
@@ -126,13 +130,13 @@ def engines(
 
     def sampled(sampler, kept: int, watcher=None) -> Callable[[int], list[int]]:
         def run(repeat: int) -> list[int]:
-            uniforms = rollout_uniforms(repeat, 0, range(batch), length)
+            uniforms = rollout_uniforms(arguments.seed + repeat, 0, range(batch), length)
             return sampler.sample(prompts, uniforms, top_k=kept, watcher=watcher).lengths.tolist()
 
         return run
 
     def padded(repeat: int) -> list[int]:
-        torch.manual_seed(repeat)
+        torch.manual_seed(arguments.seed + repeat)
         lengths = []
         for start in range(0, batch, slots):
             rows = prompts[start : start + slots]
@@ -144,17 +148,17 @@ def engines(
         return lengths
 
     def continuous(repeat: int) -> list[int]:
-        torch.manual_seed(repeat)
+        torch.manual_seed(arguments.seed + repeat)
         done = model.generate_batch(
             inputs=[list(p) for p in prompts],
             generation_config=settings,
-            continuous_batching_config=dataclasses.replace(pages, seed=repeat),
+            continuous_batching_config=dataclasses.replace(pages, seed=arguments.seed + repeat),
         )
         return [len(output.generated_tokens) for output in done.values()]
 
     def chunked(repeat: int) -> list[int]:
         """One request a chunk, on the prefix that the cache holds."""
-        uniforms = rollout_uniforms(repeat, 0, range(batch), length)
+        uniforms = rollout_uniforms(arguments.seed + repeat, 0, range(batch), length)
         said: list[list[int]] = [[] for _ in prompts]
         waiting, active = list(range(batch))[::-1], []
         vllm.sync()

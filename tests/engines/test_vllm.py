@@ -135,6 +135,15 @@ def test_rollouts_end_with_the_end_token_and_are_repeatable(sampler, student):
     assert len({tuple(said) for said in responses(one)}) > 6, "rollouts of one prompt are copies"
 
 
+def test_more_prompt_tokens_than_one_forward_takes(sampler, student):
+    """8 prompts of 390 tokens: vLLM would read one in two parts, which on the CPU it cannot for seeded requests."""
+    prompts = [[(7 * i + j) % 140 + 2 for j in range(390)] for i in range(8)]
+    got = sampler.sample(prompts, rollout_uniforms(0, 7, range(8), 4), top_k=K)
+    for prompt, said, logprobs in zip(prompts, responses(got), got.sampled_logprobs, strict=True):
+        want = logprobs_of(student, prompt, said)[range(len(said)), said]
+        torch.testing.assert_close(logprobs[: len(said)], want, atol=1e-4, rtol=0)
+
+
 def test_new_weights_are_what_is_sampled_from_and_the_prefix_cache_is_dropped(sampler, student):
     """Log-probs of the first token come through the prompt's cached states: stale ones would show."""
     prompts = [list(range(2, 100))] * 2  # whole cache blocks

@@ -71,6 +71,7 @@ class VLLMSampler:
             os.environ.setdefault(name, value)
         try:
             from vllm import EngineArgs, LLMEngine
+            from vllm.platforms import current_platform
         except ImportError as error:
             raise EngineError(
                 f"rollout.use_vllm needs vLLM, which cannot be imported ({error}); install it (on a GPU: pip install "
@@ -89,6 +90,10 @@ class VLLMSampler:
                     trust_remote_code=trust_remote_code,
                     generation_config="vllm",  # no sampling settings but ours
                     skip_tokenizer_init=True,
+                    # On the CPU, a prompt that is read in two parts breaks requests with a seed ("CPU Generator does
+                    # not use offset", 0.32), so every prompt must fit into one forward.
+                    enable_chunked_prefill=not current_platform.is_cpu(),
+                    max_num_batched_tokens=max(2048, max_model_len) if current_platform.is_cpu() else None,
                     enforce_eager=True,  # captured graphs would hold on to old weights' memory
                     disable_log_stats=True,
                 )
