@@ -129,6 +129,11 @@ def test_the_headline_has_the_numbers_of_the_logs(comparison, page):
         assert f"{arm['student_tokens']['mean']:,.0f}" in row[0]
         low, high = arm["accuracy"]["ci95"]
         assert f"{100 * low:.1f}–{100 * high:.1f}" in row[0]
+        if "difference" in arm:
+            found = arm["difference"]["accuracy"]
+            low, high = found["ci95"] or found["ci95_problems"]
+            shown = f"{100 * found['mean']:+.1f} {100 * low:.1f} to {100 * high:.1f}".replace("-", "−")
+            assert shown in row[0]
     saved = results["prune"]["train_seconds_saving"]
     assert f"{'−' if saved >= 0 else '+'}{abs(100 * saved):.0f}%" in rows[1][0]
 

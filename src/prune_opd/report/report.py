@@ -24,6 +24,7 @@ from jinja2.utils import htmlsafe_json_dumps
 
 from prune_opd.evaluation.evaluate import bootstrap_ci95
 from prune_opd.report.logs import PHASES, Run, read_lines, read_runs
+from prune_opd.training.results import QUANTITIES, difference, seconds_to
 
 ROLLOUT_BYTES = 2_500_000  # of rollouts in the page, all runs together; the rest of a page stays below as much again
 MOST_POINTS = 240  # of a line; longer runs are thinned
@@ -91,10 +92,11 @@ def arm_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """One row for each arm: means over its seeds, and what it saved against the baseline where they can be compared.
 
     The baseline is the arm `opd`, else the only one without pruning. `saved` is None unless both arms ran the same
-    seeds for the same number of steps on the same models and data.
+    seeds for the same number of steps on the same models and data; then `difference` is the accuracy less the
+    baseline's, paired by seed (or by problem, with one seed), and `to_equal` the training seconds until it was equal.
     """
-    arms = list(dict.fromkeys(run.arm for run in runs))
-    rows = [_arm_row(arm, [run for run in runs if run.arm == arm]) for arm in arms]
+    of_arm = {arm: [run for run in runs if run.arm == arm] for arm in dict.fromkeys(run.arm for run in runs)}
+    rows = [_arm_row(arm, its_runs) for arm, its_runs in of_arm.items()]
     unpruned = [row for row in rows if not row["prunes"]]
     named = [row for row in rows if row["arm"] == "opd"]
     baseline = named[0] if named else unpruned[0] if len(unpruned) == 1 else None
@@ -110,7 +112,33 @@ def arm_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
             if comparable and baseline
             else None
         )
+        judged = comparable and baseline and row["accuracy"] is not None and baseline["accuracy"] is not None
+        row["difference"] = _difference(of_arm[row["arm"]], of_arm[baseline["arm"]]) if judged and baseline else None
+        row["to_equal"] = _to_equal(of_arm[row["arm"]], baseline["accuracy"]) if judged and baseline else None
     return rows
+
+
+def _difference(runs: Sequence[Run], baseline: Sequence[Run]) -> tuple[float, float, float]:
+    """Accuracy less the baseline's and its 95% interval, as `compare` states them."""
+    records = ([{"seed": run.seed, **_last_evaluation(run)} for run in of_arm] for of_arm in (runs, baseline))
+    found = difference(*records)["accuracy"]
+    return (found["mean"], *(found["ci95"] or found["ci95_problems"]))
+
+
+def _last_evaluation(run: Run) -> dict[str, Any]:
+    last = run.evaluations[-1]
+    return {"accuracy": last["eval/accuracy"], "per_problem": last["eval/per_problem"], **dict.fromkeys(QUANTITIES, 0)}
+
+
+def _to_equal(runs: Sequence[Run], accuracy: float) -> float | None:
+    """Training seconds until `accuracy`, as `compare` states them; None where it never was, or seeds were not alike."""
+    curves = [
+        [{"accuracy": e["eval/accuracy"], "train_seconds": e.get("time/train_so_far", 0.0)} for e in run.evaluations]
+        for run in runs
+    ]
+    if len({len(curve) for curve in curves}) > 1:
+        return None
+    return seconds_to(accuracy, [{"evaluations": curve} for curve in curves])
 
 
 def _arm_row(arm: str, runs: list[Run]) -> dict[str, Any]:
