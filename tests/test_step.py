@@ -231,6 +231,8 @@ def test_all_stopped_in_their_first_chunk_none_stopped_one_prompt():
     assert everyone.rollouts.lengths.max() <= M and everyone.rollouts.stopped.any() and np.isfinite(everyone.loss)
     nobody, _, _ = run_step(**IN_FLIGHT | {"pruning.threshold": 0.0})
     assert not nobody.rollouts.stopped.any() and not nobody.events.any()
+    harmless, _, _ = run_step(**IN_FLIGHT | {"pruning.threshold": 1.0, "pruning.w_drop": 0.0})
+    assert not harmless.rollouts.stopped.any() and harmless.events.any()
     alone, _, _ = run_step(prompts=tiny_prompts()[:1], **IN_FLIGHT)
     assert len(alone.rollouts.lengths) == 1 and np.isfinite(alone.loss)
 

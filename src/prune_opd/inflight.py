@@ -41,7 +41,7 @@ class InFlightStop:
         self.stream, self.pruning, self.audit, self.stopwatch = stream, pruning, audit.tolist(), watch
         self.every, self.min_tokens = settings.chunk, settings.min_tokens
         w_drop = 1 / settings.stop_after_events if settings.stop_after_events else pruning.w_drop
-        self.events_to_stop = math.ceil((1 - pruning.positive_eps) / w_drop)
+        self.events_to_stop = math.ceil((1 - pruning.positive_eps) / w_drop) if w_drop else math.inf
         self.monitor = DriftMonitor(len(audit), w_drop=w_drop, eps=pruning.positive_eps)
         self.scores: TeacherScores | None = None
         self.unscored: dict[int, int] = {}  # rollout -> its first token that waits for the next look that is worth it
