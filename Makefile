@@ -76,7 +76,7 @@ licences: setup  ## write docs/licences.md from what is installed
 
 audit: setup  ## known vulnerabilities of the pinned packages (asks the package index)
 	$(PIP) pip-audit
-	$(BIN)/pip-audit --requirement constraints.txt --no-deps
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 clean:  ## delete build/ and caches; .venv and runs/ stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

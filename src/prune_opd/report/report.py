@@ -175,11 +175,12 @@ def _arm_row(arm: str, runs: list[Run]) -> dict[str, Any]:
 
 
 def verdict(arms: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """The comparison in sentences; nothing where no arm can be compared."""
+    """The comparison in sentences, of the first two arms; nothing where no arm can be compared."""
     baseline = next((arm for arm in arms if arm["is_baseline"]), None)
-    for arm in arms:
-        if baseline is None or arm["saved"] is None:
-            continue
+    if baseline is None:
+        return
+    compared = [arm for arm in arms if arm["saved"] is not None]
+    for arm in compared[:2]:
         saved = arm["saved"]["seconds"]["all"]
         sentence = (
             f"{arm['arm']} trained in {duration(arm['seconds']['all'])} where {baseline['arm']} took "
@@ -192,6 +193,8 @@ def verdict(arms: Sequence[dict[str, Any]]) -> Iterator[str]:
                 f"problems {'lie apart' if apart else 'overlap'})"
             )
         yield sentence + "."
+    if len(compared) > 2:
+        yield f"{len(compared) - 2} more {'arm is' if len(compared) == 3 else 'arms are'} in the table."
 
 
 def missing(run: Run) -> Iterator[str]:
