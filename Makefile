@@ -46,7 +46,7 @@ format: setup  ## format and fix what ruff can fix
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-demo: setup  ## OPD against Prune-OPD on the embedded pair (about 6 minutes on 2 cores)
+demo: setup  ## OPD against Prune-OPD on the embedded pair (about 4 minutes on one core)
 	$(BIN)/prune-opd compare recipes/quickstart.toml --arms opd,prune --seeds 1 --output-dir runs/demo-$(NOW)
 
 demo-smollm: build/smollm/train.jsonl  ## three steps of Prune-OPD on SmolLM2-135M (about 2 minutes)
