@@ -87,6 +87,7 @@ class Ours:
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.trainer = Trainer(config, folder, console=Console(quiet=True))
+        folder.mkdir(parents=True)  # as `train` would, for the logs of a step
         self.initial = {name: value.clone() for name, value in self.trainer.student.state_dict().items()}
 
     def step(self, step: int) -> dict[str, float]:
