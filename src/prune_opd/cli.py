@@ -87,9 +87,10 @@ def train(
         f"{totals.eval_seconds:.0f} s. Run directory: {trainer.run_dir}"
     )
     _say(f"report: {write_report([trainer.run_dir])}")
-    checkpoint, _ = latest_checkpoint(trainer.run_dir / "checkpoints")
-    if push_to_hub and checkpoint:
-        _say(f"uploaded {checkpoint} to {push(checkpoint, push_to_hub)}")
+    if push_to_hub:
+        checkpoint, _ = latest_checkpoint(trainer.run_dir / "checkpoints")  # reads every byte of it
+        if checkpoint:
+            _say(f"uploaded {checkpoint} to {push(checkpoint, push_to_hub)}")
 
 
 @app.command(

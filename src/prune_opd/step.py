@@ -17,8 +17,9 @@ Source: arXiv 2605.07804. Where we differ from it, and why:
   * Ids beyond the vocabulary that both models share (padded embedding rows) are cut from samples and normalisers.
   * M starts at 1024 in the default recipe; the paper gives 1024, 2048 and 6144 in different places.
   * Options beyond the paper, off by default: stopping in flight, the repetition guard, `weight_mean`, `overlap_mass`,
-    losses other than `topk_reverse_kl`, a reward of the task beside the teacher's signal, rollouts that another engine
-    sampled (correction.py).
+    losses other than `topk_reverse_kl`, a reward of the task beside the teacher's signal, and rollouts of a policy that
+    is not the trained one, another engine's or that of one update ago (correction.py).
+  * A batch in which no token carries weight is no update: momentum alone would move the weights.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class StepResult:
     audit (B,) bool · spent_at (B,) as in `DriftMonitor`, when in flight · rewards (B,) float64 of the task, NaN where
     it gave none; None without one · loss, of all ranks: teacher's per `weight_normalization`, in nats, and the task's ·
     packed_tokens: columns that the update fed, padding included · trainer_logprobs (B, T) of the sampled tokens before
-    the update, where another engine than the student sampled them.
+    the update, where another policy sampled them.
     """
 
     numbers: Sequence[int]
@@ -190,7 +191,7 @@ def prune_opd_step(
             with torch.autocast(device.type, torch.bfloat16, enabled=training.bf16):
                 hidden = hidden_states(student, packed_inputs(student, part))[part.row, part.column]
             part_weight, part_advantage = weight, advantage
-            if trainer_logprobs is not None:  # another engine sampled: how far is it from the policy that is trained?
+            if trainer_logprobs is not None:  # another policy sampled: how far is it from the policy that is trained?
                 trainer_logprobs[part.rollout, part.position] = sampled_logprobs(
                     student, hidden, vocab_size, rollouts, part
                 )

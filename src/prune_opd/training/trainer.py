@@ -288,13 +288,11 @@ class Trainer:
 
     def _step(self, step: int) -> dict[str, Any]:
         began, processor_began = time.perf_counter(), time.process_time()
-        rollout = self.config.rollout
-        prompts = self.prompts.batch(step, rollout.prompts_per_step)
-        of_rollout = [prompt for prompt in prompts for _ in range(rollout.num_generations)]
+        prompts = self._prompts_of(step)
         try:
             result = prune_opd_step(
                 step=step,
-                prompts=[prompt.token_ids for prompt in of_rollout],
+                prompts=[prompt.token_ids for prompt in prompts],
                 student=self.student,
                 sampler=self.sampler,
                 teacher=self.teacher,
@@ -302,7 +300,7 @@ class Trainer:
                 window=self.window,
                 vocab_size=self.vocab_size,
                 config=self.config,
-                reward=functools.partial(self._rewards, of_rollout) if self.reward else None,
+                reward=functools.partial(self._rewards, prompts) if self.reward else None,
                 world=self.world,
                 ahead=self.ahead,
             )
@@ -335,13 +333,14 @@ class Trainer:
             "skipped_steps": self.totals.skipped_steps,
         }
 
-    def _sample_ahead(self, step: int, max_length: int, sampler: LocalSampler) -> Sampled:
+    def _prompts_of(self, step: int) -> list[Prompt]:
+        """The prompt of each rollout of a step; those of one prompt stand side by side."""
         rollout = self.config.rollout
-        prompts = [
-            prompt.token_ids
-            for prompt in self.prompts.batch(step, rollout.prompts_per_step)
-            for _ in range(rollout.num_generations)
-        ]
+        prompts = self.prompts.batch(step, rollout.prompts_per_step)
+        return [prompt for prompt in prompts for _ in range(rollout.num_generations)]
+
+    def _sample_ahead(self, step: int, max_length: int, sampler: LocalSampler) -> Sampled:
+        prompts = [prompt.token_ids for prompt in self._prompts_of(step)]
         watch = Stopwatch(self.student.device)  # what it sees is not time that the step waited
         return sample_rollouts(step, prompts, max_length, sampler, self.teacher, self.config, watch, self.world)
 
@@ -359,9 +358,8 @@ class Trainer:
         Raises NonFiniteError when more than `training.max_skipped_steps` of the run went this way.
         """
         path, totals, limit = self.run_dir / "skipped.jsonl", self.totals, self.config.training.max_skipped_steps
-        each = [prompt for prompt in prompts for _ in range(self.config.rollout.num_generations)]
         if self.world.rank == 0:
-            write_skipped(path, step + 1, each, error, self.tokenizer)
+            write_skipped(path, step + 1, prompts, error, self.tokenizer)
         totals.skipped_steps += 1
         totals.student_tokens += error.rollouts.generated if error.rollouts else 0  # they were paid for
         self.optimizer.zero_grad(set_to_none=True)
@@ -533,8 +531,7 @@ class Trainer:
             self.run_dir / "drift.jsonl", drift_record(step, rollouts, result.scores, result.drift, result.weight)
         )
         for i in range(min(self.config.tracking.rollouts_per_step, len(rollouts.lengths))):
-            prompt = prompts[i // self.config.rollout.num_generations]
-            record = rollout_record(result, i, prompt, shared, self.tokenizer, self.config.tracking)
+            record = rollout_record(result, i, prompts[i], shared, self.tokenizer, self.config.tracking)
             append_json(self.run_dir / "rollouts.jsonl", {"step": step, **record})
 
     def _logged_steps(self) -> list[dict[str, Any]]:
