@@ -126,7 +126,7 @@ def test_micro_batches_change_nothing():
 
 def test_the_reward_alone_is_learnt():
     """With no teacher in the loss, the same steps raise the share of even tokens, or lower it when it is a penalty."""
-    settings = GRADED | {"reward.opd_kl_coef": 0.0, "training.learning_rate": 5e-3, "pruning.enable": False}
+    settings = GRADED | {"reward.opd_kl_coef": 0.0, "training.learning_rate": 2e-2, "pruning.enable": False}
 
     def share_after_training(sign: float) -> float:
         student = tiny_model("qwen3", seed=3)
@@ -134,7 +134,7 @@ def test_the_reward_alone_is_learnt():
             result, _, student = run_step(student, step=step, reward=lambda n, r: sign * even_tokens(n, r), **settings)
         return even_tokens(result.numbers, result.rollouts).nanmean().item()
 
-    assert share_after_training(1.0) > share_after_training(-1.0) + 0.2
+    assert share_after_training(1.0) > share_after_training(-1.0) + 0.5
 
 
 def test_metrics_of_the_reward():
