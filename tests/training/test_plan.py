@@ -202,6 +202,21 @@ def test_the_peak_is_what_stays_and_the_larger_of_sampling_and_update(folder):
     assert memory.peak == stays + max(memory.activations + memory.logits, memory.cache_training)
 
 
+def test_rollouts_ahead_need_a_copy_of_the_student_and_take_no_turn(folder):
+    """They are sampled while the student is updated, and go on while it is evaluated."""
+    settings = {"evaluation.data": "held_out.jsonl", "pruning.in_flight.enable": True}
+    usual = estimate_memory(config(folder, folder, **settings))
+    ahead = estimate_memory(config(folder, folder, **settings, **{"rollout.ahead": True}))
+    assert usual.student_copy == 0 and ahead.student_copy == size_of(network().parameters())
+    stays = usual.student + usual.gradients + usual.optimizer + usual.teacher
+    rollout, update = usual.cache_training + usual.cache_teacher, usual.activations + usual.logits
+    assert usual.peak == stays + max(rollout, update, usual.cache_evaluation)
+    assert ahead.peak == stays + ahead.student + rollout + max(update, usual.cache_evaluation)
+    text = describe_plan(config(folder, folder, **{"rollout.ahead": True}))
+    assert re.search(r"^  student's copy +\d+\.\d KiB", text, re.MULTILINE)
+    assert "student's copy" not in describe_plan(config(folder, folder))
+
+
 # ---- models that are not here ----
 
 
@@ -225,6 +240,7 @@ def test_without_config_json_the_name_has_to_do_and_the_rest_is_unknown():
     memory = estimate_memory(config(**{"model.teacher_dtype": "bfloat16"}))
     assert (memory.student, memory.gradients, memory.optimizer, memory.teacher) == (6e9, 6e9, 12e9, 14e9)
     assert memory.activations is memory.logits is memory.cache_training is memory.peak is None
+    assert estimate_memory(config(**{"rollout.ahead": True})).student_copy == 6e9
     text = describe_plan(config())
     assert "from the names of the models, because config.json of org/Some-1.5B and org/Other-7B-Base is not" in text
     assert re.search(r"^  activations +unknown \(micro-batch of 1 x 13,312 tokens\)$", text, re.MULTILINE)

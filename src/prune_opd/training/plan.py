@@ -31,10 +31,15 @@ FULL_LOGIT_COPIES = {"forward_kl": 8, "reverse_kl": 8, "jsd": 13}
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process that holds everything; None is unknown, `source` says what the numbers come from."""
+    """Bytes of one process that holds everything; None is unknown, `source` says what the numbers come from.
+
+    student_copy: the weights that sample where the student's own do not · ahead: sampling goes on beside the update.
+    """
 
     source: str
+    ahead: bool
     student: int | None = None
+    student_copy: int | None = None
     gradients: int | None = None
     optimizer: int | None = None
     teacher: int | None = None
@@ -51,13 +56,18 @@ class Memory:
 
     @property
     def peak(self) -> int | None:
-        """Weights, gradients and optimiser state stay; sampling and the update take turns on top of them."""
-        resident = (self.student, self.gradients, self.optimizer, self.teacher)
+        """Weights, gradients and optimiser state stay; sampling, update and evaluation take turns on top of them.
+
+        Rollouts that are sampled ahead take no turn: they come on top of the update, and of an evaluation after it.
+        """
+        resident = (self.student, self.student_copy, self.gradients, self.optimizer, self.teacher)
         update = (self.activations, self.logits)
         rollout = (self.cache_training, self.cache_teacher)
         if None in (*resident, *update, *rollout, self.cache_evaluation):
             return None
-        return _total(resident) + max(_total(update), _total(rollout), self.cache_evaluation or 0)
+        others = max(_total(update), self.cache_evaluation or 0)
+        on_top = others + _total(rollout) if self.ahead else max(others, _total(rollout))
+        return _total(resident) + on_top
 
 
 def describe_plan(config: Config) -> str:
@@ -254,7 +264,9 @@ def estimate_memory(config: Config) -> Memory:
     rows, width, response = micro_batch_shape(config)
     return Memory(
         source="config.json of both models",
+        ahead=config.rollout.ahead,
         student=_bytes(student.parameters()),
+        student_copy=_bytes(student.parameters()) if config.rollout.ahead else 0,
         gradients=trained,
         optimizer=2 * trained,
         teacher=0 if settings.teacher_model_server_url else _bytes(teacher.parameters()),
@@ -284,7 +296,9 @@ def _memory_from_names(
     served = settings.teacher_model_server_url is not None
     return Memory(
         source=f"the names of the models, because config.json of {' and '.join(missing)} is not on this machine",
+        ahead=config.rollout.ahead,
         student=weights,
+        student_copy=weights if config.rollout.ahead else 0,
         gradients=trained,
         optimizer=None if trained is None else 2 * trained,
         teacher=0 if served else None if teacher is None else teacher * in_teacher,
@@ -422,6 +436,8 @@ def memory_rows(config: Config, memory: Memory) -> Iterator[tuple[str, str]]:
     """What each part of a run takes, as (name, text)."""
     rows, width, _ = micro_batch_shape(config)
     yield "student weights", size_text(memory.student)
+    if config.rollout.ahead:
+        yield "student's copy", f"{size_text(memory.student_copy)} (rollouts are sampled from it during the update)"
     yield "gradients", size_text(memory.gradients)
     yield "AdamW state", size_text(memory.optimizer)
     yield "teacher weights", size_text(memory.teacher)
