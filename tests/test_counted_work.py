@@ -108,10 +108,10 @@ def test_no_token_is_fed_or_asked_for_twice(settings):
     else:
         assert teacher.columns == student.with_gradient
 
-    # Heads see response positions alone: the teacher's once; the student's to sample (and at the end of each prompt,
-    # which transformers cannot leave out), for the loss, and again in backward, where its chunk is computed anew.
+    # Heads see response positions alone: the teacher's once; the student's to sample, for the loss, and again in
+    # backward, where its chunk is computed anew.
     assert rows[TEACHER] == generated
-    assert rows[STUDENT] == len(before) + generated + 2 * kept
+    assert rows[STUDENT] == generated + 2 * kept
 
 
 def test_a_stop_in_flight_spares_both_models_their_work():

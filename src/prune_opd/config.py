@@ -55,6 +55,9 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the student's weights.")
     teacher_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the teacher's weights.")
     attn_implementation: str = Field("sdpa", description="Attention of both models, as transformers names it.")
+    compile: bool = Field(
+        False, description="torch.compile for decoding, scoring and the update: slow to start, faster from then on."
+    )
     trust_remote_code: bool = Field(False, description="Run model code that ships with a checkpoint.")
     lora: LoraSection | None = Field(None, description="Train adapters instead of all weights.")
     teacher_model_server_url: str | list[str] | None = Field(
@@ -461,6 +464,11 @@ def _check_conflicts(config: Config, where: str) -> None:
         raise ConfigError(
             f"{where}: rollout.ahead needs a copy of the whole student to sample from, which {other} does not have; "
             "leave one of them out"
+        )
+    if config.model.compile and config.training.parallel == "fsdp2":
+        raise ConfigError(
+            f'{where}: model.compile = true was not built for training.parallel = "fsdp2", whose weights come and go '
+            "within a forward; leave one of them out"
         )
     if config.training.warmup_steps >= config.training.steps:
         raise ConfigError(

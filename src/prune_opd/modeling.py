@@ -6,11 +6,15 @@ product, so the head is read from the configuration and then held against the mo
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 
 from prune_opd.core.head import OutputHead
 from prune_opd.errors import ModelError
@@ -18,6 +22,7 @@ from prune_opd.types import Packed
 from prune_opd.world import whole
 
 PROBE_TOKENS = 4
+COMPILED_VARIANTS = 64  # of one function: student and teacher, with and without gradient, one row or more
 PROBE_LOGIT = 50.0  # as large as logits get: a soft-cap of 30 or 100 shows, which it would not at 0.1
 
 _verified: WeakSet[torch.nn.Module] = WeakSet()  # models whose head passed its probe
@@ -29,6 +34,34 @@ def hidden_states(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     With gradient if the caller's mode says so. A LoRA student works as it is: its adapters live inside the body.
     """
     return _body(_causal_lm(model))(**inputs, use_cache=False).last_hidden_state
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, of models and tensors, by torch.compile, once for all batch sizes and lengths.
+
+    The first call of each kind takes 10 to 60 s. The Python of a model's layers and most of its small operations go.
+    """
+    torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
+    torch.fx.experimental._config.use_duck_shape = False  # or sizes that agree by chance would be taken for one
+    return torch.compile(function, dynamic=True, options={"guard_filter_fn": _guards})
+
+
+def _guards(entries: Sequence[Any]) -> list[bool]:
+    """Which conditions on a compiled function are checked at each call: not a model's configuration, which stays."""
+    return [".config" not in entry.name for entry in entries]
+
+
+def check_compiler(device: torch.device) -> None:
+    """ModelError where torch.compile would find no C++ compiler, which it needs on a CPU."""
+    if device.type == "cpu":
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler as error:
+            raise ModelError(
+                "model.compile = true needs a C++ compiler on a CPU, and there is none: install g++ (or set CXX to "
+                "another), or take model.compile out"
+            ) from error
 
 
 def output_head(model: torch.nn.Module) -> OutputHead:

@@ -48,6 +48,11 @@ class SlotCache(Cache):
         self.leading, self.length = True, 0
         super().__init__(layers=[SlotLayer(self) for _ in range(model.config.get_text_config().num_hidden_layers)])
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was written yet. The first forward allocates the buffers; nothing else may compile that."""
+        return not self.layers[0].buffers
+
     def inputs(
         self, input_ids: Tensor, position_ids: Tensor, *, length: int, rows: Tensor | None = None
     ) -> dict[str, Any]:

@@ -54,7 +54,7 @@ from prune_opd.errors import NonFiniteError
 from prune_opd.events import drift_events
 from prune_opd.finite import check_student, check_teacher
 from prune_opd.inflight import InFlightStop, audited
-from prune_opd.modeling import hidden_states, output_head, packed_inputs
+from prune_opd.modeling import compiled, hidden_states, output_head, packed_inputs
 from prune_opd.sampling.base import Sampler, rollout_uniforms
 from prune_opd.teachers.base import Teacher
 from prune_opd.tracking.metrics import Stopwatch
@@ -186,10 +186,11 @@ def prune_opd_step(
         teacher_factor = config.reward.opd_kl_coef / denominator if weighed else 0.0
         loss_sum, packed_tokens = 0.0, 0
         trainer_logprobs = None if rollouts.sampled_logprobs is None else torch.zeros_like(rollouts.sampled_logprobs)
+        states = compiled(hidden_states) if config.model.compile else hidden_states
         optimizer.zero_grad(set_to_none=True)
         for part in world.even(pack(rollouts, training.micro_batch_tokens), device):
             with torch.autocast(device.type, torch.bfloat16, enabled=training.bf16):
-                hidden = hidden_states(student, packed_inputs(student, part))[part.row, part.column]
+                hidden = states(student, packed_inputs(student, part))[part.row, part.column]
             part_weight, part_advantage = weight, advantage
             if trainer_logprobs is not None:  # another policy sampled: how far is it from the policy that is trained?
                 trainer_logprobs[part.rollout, part.position] = sampled_logprobs(

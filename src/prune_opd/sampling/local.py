@@ -8,11 +8,14 @@ row, and none on padding. Prompts are prefilled a batch at a time, each distinct
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prune_opd.core.head import OutputHead
+from prune_opd.modeling import compiled, hidden_states, output_head
 from prune_opd.sampling.base import Span, Watcher
 from prune_opd.slots import SlotCache
 from prune_opd.types import Rollouts, TopK
@@ -35,12 +38,52 @@ def draw(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float) 
     return torch.searchsorted(cdf, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """One token of each row. ids (R,) int64 · topk (R, k), None for k = 0 · logprobs (R,) of the ids, likewise."""
+
+    ids: Tensor
+    topk: TopK | None = None
+    logprobs: Tensor | None = None
+
+
+def decode(
+    model: PreTrainedModel,
+    head: OutputHead,
+    cache: SlotCache,
+    last_token: Tensor,
+    context: Tensor,
+    length: int,
+    uniforms: Tensor,
+    *,
+    vocab_size: int | None,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+) -> Decoded:
+    """The next token of the first R slots, and what the student thought of it: no word to the host, so it compiles.
+
+    last_token (R,) int64 stands at position context (R,) int64 of its slot; length: the largest of them + 1. uniforms
+    (R,) float64 as in `draw`. Log-probs and entropies are of temperature 1, float32, over the first `vocab_size` ids.
+    """
+    hidden = hidden_states(model, cache.inputs(last_token[:, None], context[:, None], length=length))
+    logits = head.logits(hidden[:, -1])[:, :vocab_size]
+    ids = draw(logits, uniforms, temperature=temperature, top_p=top_p)
+    if top_k == 0:
+        return Decoded(ids)
+    logprobs = logits.float().log_softmax(-1)
+    best = logprobs.topk(top_k, dim=-1)
+    entropy = torch.special.entr(logprobs.exp()).sum(-1)
+    return Decoded(ids, TopK(best.indices, best.values, entropy), logprobs.gather(-1, ids[:, None]).squeeze(-1))
+
+
 class LocalSampler:
     """Implements `Sampler` on a Hugging Face causal LM.
 
     `eos_ids` end a rollout; ids from `vocab_size` on (padding rows of the embedding) are never sampled; `slots` rows
     decode at once. `stride` decode steps run between two looks at what was sampled: a look makes an accelerator wait
-    for the host, and what a row decodes past its end before the look is thrown away.
+    for the host, and what a row decodes past its end before the look is thrown away. compile: the decode step runs
+    compiled (`modeling.compiled`).
     """
 
     def __init__(
@@ -52,10 +95,12 @@ class LocalSampler:
         vocab_size: int | None = None,
         slots: int = 64,
         stride: int | None = None,
+        compile: bool = False,
     ) -> None:
         self.model, self.pad_id, self.vocab_size, self.slots = model, pad_id, vocab_size, slots
         self.eos_ids = frozenset(eos_ids)
         self.stride = stride or (1 if model.device.type == "cpu" else 8)
+        self.decode = compiled(decode) if compile else decode
         self.keep_sampled_logprobs = False  # of use where `model` is not the one that is trained
 
     def sample(
@@ -96,7 +141,7 @@ class _Decode:
         self.sampler, self.prompts, self.watcher = sampler, prompts, watcher
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
         model = sampler.model
-        self.device = model.device
+        self.head, self.device = output_head(model), model.device
         batch, self.cap = uniforms.shape
         self.uniforms = uniforms.to(self.device)
         self.response_ids = torch.full(uniforms.shape, sampler.pad_id, device=self.device)
@@ -182,7 +227,7 @@ class _Decode:
         ids = torch.tensor([[*head, *[self.sampler.pad_id] * (width - len(head))] for head in distinct])
         positions = torch.tensor([[*range(len(head)), *[-1] * (width - len(head))] for head in distinct])
         inputs = self.prompt_cache.inputs(ids.to(self.device), positions.to(self.device), length=width)
-        self.sampler.model(**inputs, use_cache=False, logits_to_keep=1)
+        hidden_states(self.sampler.model, inputs)
 
     def _seat_tensors(self) -> None:
         """What the device must know of the slots: rollout, next response position, context position, last token."""
@@ -215,22 +260,29 @@ class _Decode:
         """`stride` tokens for every slot in use, without asking the device for anything."""
         for _ in range(stride):
             assert self.last_token is not None
-            inputs = self.cache.inputs(self.last_token[:, None], self.context[:, None], length=self.longest)
-            logits = self.sampler.model(**inputs, use_cache=False, logits_to_keep=1).logits[
-                :, -1, : self.sampler.vocab_size
-            ]
-            uniforms = self.uniforms[self.seated, self.position]
-            tokens = draw(logits, uniforms, temperature=self.temperature, top_p=self.top_p)
-            self.response_ids[self.seated, self.position] = tokens
+            step = decode if self.cache.empty else self.sampler.decode
+            where = self.seated, self.position
+            token = step(
+                self.sampler.model,
+                self.head,
+                self.cache,
+                self.last_token,
+                self.context,
+                self.longest,
+                self.uniforms[where],
+                vocab_size=self.sampler.vocab_size,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                top_k=self.top_k,
+            )
+            self.response_ids[where] = self.last_token = token.ids
             if self.student is not None:
-                logprobs = logits.float().log_softmax(-1)
-                topk = logprobs.topk(self.top_k, dim=-1)
-                self.student.ids[self.seated, self.position] = topk.indices
-                self.student.logprobs[self.seated, self.position] = topk.values
-                self.student.entropy[self.seated, self.position] = torch.special.entr(logprobs.exp()).sum(-1)
+                assert token.topk is not None and token.logprobs is not None
+                self.student.ids[where] = token.topk.ids
+                self.student.logprobs[where] = token.topk.logprobs
+                self.student.entropy[where] = token.topk.entropy
                 if self.sampled_logprobs is not None:
-                    self.sampled_logprobs[self.seated, self.position] = logprobs.gather(-1, tokens[:, None]).squeeze(-1)
-            self.last_token = tokens
+                    self.sampled_logprobs[where] = token.logprobs
             self.position, self.context, self.longest = self.position + 1, self.context + 1, self.longest + 1
         self.slot_steps += stride * len(self.seats)
 

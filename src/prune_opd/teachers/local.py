@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prune_opd.core.head import head_statistics
-from prune_opd.modeling import hidden_states, output_head, packed_inputs
+from prune_opd.modeling import compiled, hidden_states, output_head, packed_inputs
 from prune_opd.sampling.base import Span
 from prune_opd.slots import SlotCache
 from prune_opd.types import Packed, Rollouts, TeacherScores, TopK, pack
@@ -20,10 +20,13 @@ class LocalTeacher:
     """Implements `Teacher`; the model is put into eval mode and never receives a gradient.
 
     Ids from `vocab_size` on are padding rows of one of the two embeddings: neither candidates nor part of a normaliser.
-    `token_budget` is the most tokens of one forward.
+    `token_budget` is the most tokens of one forward. compile: they run compiled (`modeling.compiled`).
     """
 
-    def __init__(self, model: PreTrainedModel, *, vocab_size: int, token_budget: int = 16384) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, vocab_size: int, token_budget: int = 16384, compile: bool = False
+    ) -> None:
+        self.hidden_states = compiled(hidden_states) if compile else hidden_states
         self.model, self.token_budget = model.eval().requires_grad_(False), token_budget
         self.head, self.vocab_size = output_head(model), vocab_size
 
@@ -33,7 +36,7 @@ class LocalTeacher:
         assert rollouts.student is not None, "the teacher scores the student's candidates: sample with top_k > 0"
         scores = empty_scores(rollouts.response_ids, rollouts.student, top_k)
         for part in pack(rollouts, self.token_budget):
-            hidden = hidden_states(self.model, packed_inputs(self.model, part))[part.row, part.column]
+            hidden = self.hidden_states(self.model, packed_inputs(self.model, part))[part.row, part.column]
             self.write(scores, hidden, part.rollout, part.position, rollouts.response_ids, rollouts.student)
         return replace(scores, scored=int(rollouts.lengths.sum()))
 
@@ -44,7 +47,7 @@ class LocalTeacher:
     @torch.no_grad()
     def logits(self, part: Packed) -> Tensor:
         """Full-vocabulary logits (N, V) float32 at the kept tokens of a micro-batch, for the losses that need them."""
-        hidden = hidden_states(self.model, packed_inputs(self.model, part))[part.row, part.column]
+        hidden = self.hidden_states(self.model, packed_inputs(self.model, part))[part.row, part.column]
         return self.head.logits(hidden)[:, : self.vocab_size]
 
     def write(
@@ -141,7 +144,8 @@ class LocalStream:
             for t in range(span.start, span.end)
         ]
         row, column, rollout, position = torch.tensor(new, device=device).unbind(-1)
-        hidden = hidden_states(self.teacher.model, inputs)[row, column]
+        forward = hidden_states if self.cache.empty else self.teacher.hidden_states
+        hidden = forward(self.teacher.model, inputs)[row, column]
         self.teacher.write(scores, hidden, rollout, position, response_ids, student)
 
 

@@ -39,7 +39,14 @@ def build_sampler(
         models.end_ids(student.generation_config, tokenizer),
     )
     if not rollout.use_vllm:
-        return LocalSampler(student, pad_id=pad_id, eos_ids=eos_ids, vocab_size=vocab_size, slots=rollout.slots)
+        return LocalSampler(
+            student,
+            pad_id=pad_id,
+            eos_ids=eos_ids,
+            vocab_size=vocab_size,
+            slots=rollout.slots,
+            compile=config.model.compile,
+        )
     if processes > 1:
         raise EngineError(
             f"rollout.use_vllm is for one process, and this run has {processes}; set it to false, or train under verl "
@@ -86,7 +93,7 @@ def build_teacher(
         model = models.load_model(name, settings, dtype=settings.teacher_dtype, device=device)
         models.check_context(model.config, name, longest)
         vocab_size = models.shared_vocab_size(student, model.get_output_embeddings().weight.shape[0], top_k)
-        return LocalTeacher(model, vocab_size=vocab_size), vocab_size
+        return LocalTeacher(model, vocab_size=vocab_size, compile=settings.compile), vocab_size
     teacher_config = read_model_config(name, settings, local_files_only=False)
     if teacher_config is None:
         raise ModelError(

@@ -18,6 +18,7 @@ from transformers import (
 
 from prune_opd.config import Config, LoraSection, ModelSection
 from prune_opd.errors import ModelError, TokenizerError
+from prune_opd.modeling import check_compiler
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,8 @@ def log_remote_code(name: str, settings: ModelSection) -> None:
 def load_student(config: Config, device: torch.device) -> PreTrainedModel:
     """The model to train: all weights, or adapters when `model.lora` is set."""
     settings = config.model
+    if settings.compile:
+        check_compiler(device)
     model = load_model(settings.model_name_or_path, settings, dtype=settings.dtype, device=device)
     if settings.lora is not None:
         model = add_adapters(model, settings.lora)
