@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from prune_opd.config import load_config
 from prune_opd.data.prompts import load_prompts
 from prune_opd.errors import CheckpointError, ConfigError, DataError, PruneOPDError, RunDirectoryError, StorageError
+from prune_opd.training import checkpoint as checkpoint_module
 from prune_opd.training.checkpoint import MANIFEST, STATE, damage_of
 from prune_opd.training.trainer import Trainer
 
@@ -418,6 +419,13 @@ def test_a_damaged_checkpoint_is_not_resumed_from(tmp_path, resume, name):
         assert damage_of(checkpoint)
 
 
+def test_a_damaged_checkpoint_that_was_asked_for_by_its_path_is_refused(tmp_path, resume):
+    """An earlier one that is whole does not come in its place unasked."""
+    last = tmp_path / "run/checkpoints/step_2"
+    action = resume(lambda folder: DAMAGE["optimizer.pt has one bit flipped"](last), str(last))
+    refused(action, CheckpointError, tmp_path, f"{last} is damaged or incomplete", "optimizer.pt has changed")
+
+
 def resigned(name, content):
     """A file of a checkpoint replaced by another, with a manifest that fits it: what only a person can make."""
 
@@ -554,5 +562,10 @@ def test_the_corpus_is_as_large_as_it_should_be():
     assert sum(counts) >= 350
 
 
-def test_a_whole_copy_is_resumed(resume):
-    assert resume(lambda folder: None)().steps_done == 2
+@pytest.mark.parametrize("how", ["auto", "path"])
+def test_a_whole_copy_is_resumed_and_its_bytes_are_hashed_once(tmp_path, resume, monkeypatch, how):
+    hashed, sha256 = [], checkpoint_module.sha256
+    monkeypatch.setattr(checkpoint_module, "sha256", lambda path, **kw: hashed.append(path) or sha256(path, **kw))
+    last = tmp_path / "run/checkpoints/step_2"
+    assert resume(lambda folder: None, str(last) if how == "path" else how)().steps_done == 2
+    assert sorted(hashed) == sorted(path for path in last.rglob("*") if path.is_file() and path.name != MANIFEST)

@@ -203,14 +203,11 @@ def save_checkpoint(
 
 
 def load_weights(checkpoint: Path, model: torch.nn.Module, config: Config) -> None:
-    """Put the student's weights back, before it is sharded.
+    """Put the student's weights back, before it is sharded, from a checkpoint that was found whole (`damage_of`).
 
-    Raises CheckpointError when the checkpoint is not whole, is of another recipe, or does not fit.
+    Raises CheckpointError when it is of another recipe, or does not fit.
     """
     try:
-        damage = damage_of(checkpoint)
-        if damage:
-            raise CheckpointError(damage)
         state = _read(checkpoint / STATE, TrainerState)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint} is damaged or incomplete ({error}); resume from an earlier one") from None

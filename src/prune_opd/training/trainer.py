@@ -57,6 +57,7 @@ from prune_opd.training.checkpoint import (
     check_same_recipe,
     checkpoint_bytes,
     checkpoints,
+    damage_of,
     latest_checkpoint,
     load_training_state,
     load_weights,
@@ -472,7 +473,7 @@ class Trainer:
         check_room(self.run_dir, count * checkpoint_bytes(self.student), f"the {count} checkpoints to come")
 
     def _find_checkpoint(self, resume: str) -> Path | None:
-        """The checkpoint to continue from; a run directory is never overwritten."""
+        """The checkpoint to continue from, every byte of it verified; a run directory is never overwritten."""
         if resume not in ("never", "auto"):
             checkpoint = Path(resume)
             if not os.path.isfile(checkpoint / "trainer_state.json"):  # which takes names that no file can have
@@ -482,6 +483,8 @@ class Trainer:
                     f"{checkpoint} belongs to the run {checkpoint.resolve().parents[1]}, not to {self.run_dir}; "
                     "give that run's directory as --output-dir, or leave it out"
                 )
+            if damage := damage_of(checkpoint):
+                raise CheckpointError(f"{checkpoint} is damaged or incomplete ({damage}); resume from an earlier one")
             return checkpoint
         if not self.run_dir.exists() or not any(self.run_dir.iterdir()):
             return None
