@@ -33,8 +33,8 @@ def at_sampled(model, rollouts, b):
 class OtherEngine:
     """Samples from its own weights, and says with what log-probability."""
 
-    def __init__(self):
-        self.model = related(tiny_model("qwen3", seed=3), seed=5)
+    def __init__(self, model=None):
+        self.model = model or related(tiny_model("qwen3", seed=3), seed=5)
 
     def sample(self, prompts, uniforms, **settings):
         local = LocalSampler(self.model, pad_id=PAD, eos_ids=[EOS], vocab_size=VOCAB)
@@ -87,6 +87,15 @@ def test_loss_and_gradient_are_weighted_by_the_truncated_ratio(engine, loss, cap
     torch.testing.assert_close(gradients(after).double(), gradient, rtol=1e-3, atol=1e-5)
     plain, _, _ = run_step(sampler=engine, **settings, **ENGINE)
     assert abs(plain.loss - want) > 1e-3 * abs(want), "a correction that does nothing would pass"
+
+
+@pytest.mark.parametrize("loss", ["topk_reverse_kl", "sampled_token", "forward_kl", "reverse_kl", "jsd"])
+def test_an_engine_with_the_students_own_weights_changes_nothing(loss):
+    own, _, after = run_step(**{"objective.loss": loss})
+    engine = OtherEngine(tiny_model("qwen3", seed=3))
+    other, _, twin = run_step(sampler=engine, **ENGINE, **{"objective.loss": loss, CAP: 2.0})
+    assert other.trainer_logprobs.any() and other.loss == pytest.approx(own.loss, abs=1e-6)
+    torch.testing.assert_close(gradients(twin), gradients(after), rtol=0, atol=1e-6)
 
 
 def test_micro_batches_change_nothing(engine):

@@ -23,6 +23,7 @@ from prune_opd.teachers import local
 from prune_opd.teachers.local import LocalTeacher
 from prune_opd.training.trainer import build_optimizer, build_window
 from tests.families import EOS, PAD, VOCAB, tiny_model, tiny_prompts
+from tests.test_correction import CAP
 from tests.test_step import IN_FLIGHT, M, config_of
 
 STUDENT, TEACHER = 32, 48  # hidden sizes
@@ -58,13 +59,16 @@ class Body:
         (self.with_gradient if torch.is_grad_enabled() else self.columns).append(ids.numel())
 
 
-def counted_step(prompts=None, **settings):
-    """(result, student's body, teacher's body, rows of each head)"""
+def counted_step(prompts=None, *, another_policy=False, **settings):
+    """(result, student's body, teacher's body, rows of each head). another_policy: a copy samples, and says so."""
     config = config_of(**{"rollout.slots": 8} | settings)
     student = tiny_model("qwen3", seed=3).train()
     torch.manual_seed(0)
     teacher = type(student)(type(student.config)(**student.config.to_dict() | {"hidden_size": TEACHER})).eval()
     sampler = LocalSampler(student, pad_id=PAD, eos_ids=[EOS], vocab_size=VOCAB, slots=config.rollout.slots)
+    if another_policy:
+        sampler.model, sampler.keep_sampled_logprobs = copy.deepcopy(student), True
+        output_head(sampler.model)
     bodies = Body(), Body()
     for model, body in zip((student, teacher), bodies, strict=True):
         output_head(model)  # held against the model's own logits once, not in each step
@@ -112,6 +116,13 @@ def test_no_token_is_fed_or_asked_for_twice(settings):
     # backward, where its chunk is computed anew.
     assert rows[TEACHER] == generated
     assert rows[STUDENT] == generated + 2 * kept
+
+
+def test_the_heads_pass_for_the_loss_also_says_how_far_another_policy_is():
+    """What the trained policy says of tokens that it did not sample costs no pass over the vocabulary of its own."""
+    _, *_, own = counted_step()
+    result, *_, other = counted_step(another_policy=True, **{"rollout.ahead": True, CAP: 2.0})
+    assert result.trainer_logprobs is not None and other == own
 
 
 def test_a_stop_in_flight_spares_both_models_their_work():

@@ -111,6 +111,11 @@ class ObjectiveSection(Section):
     weight_normalization: Normalization = Field("token_mean", description="Divide by valid tokens or their weights.")
     jsd_beta: float = Field(0.5, gt=0, lt=1, description="Interpolation of the jsd loss.")
 
+    @property
+    def runs_over_vocabulary(self) -> bool:
+        """Whether the loss needs all logits of both models, not those of a few tokens."""
+        return self.loss in ("forward_kl", "reverse_kl", "jsd")
+
 
 class RewardSection(Section):
     """A verifiable reward of the task, beside the teacher's signal: loss = task + opd_kl_coef · teacher."""
@@ -440,7 +445,7 @@ def _check_conflicts(config: Config, where: str) -> None:
                 f"{where}: model.teacher_server.top_logprobs = {served.top_logprobs} is below objective.top_k "
                 f"= {objective.top_k}: the teacher's candidates would be cut; raise it, and the servers' --max-logprobs"
             )
-        if objective.loss in ("forward_kl", "reverse_kl", "jsd"):
+        if objective.runs_over_vocabulary:
             raise ConfigError(
                 f"{where}: objective.loss = {objective.loss!r} needs the teacher's logits over the whole vocabulary, "
                 "which a server does not send; use topk_reverse_kl or sampled_token, or leave out "

@@ -1,4 +1,4 @@
-"""When another policy sampled the rollouts: what the trained one says of them, and weights that make up for the gap.
+"""When another policy sampled the rollouts than the one that is trained: weights that make up for the gap.
 
 An engine has the same weights and other kernels; rollouts that were sampled ahead have weights of one update before.
 `rollout.importance_sampling_cap` corrects for it; what the gap is, is logged in any case.
@@ -6,23 +6,11 @@ An engine has the same weights and other kernels; rollouts that were sampled ahe
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from prune_opd.config import Config
-from prune_opd.core.head import candidate_logprobs
 from prune_opd.core.importance import truncated_importance
-from prune_opd.modeling import output_head
-from prune_opd.types import Packed, Rollouts
-
-
-@torch.no_grad()
-def sampled_logprobs(
-    student: torch.nn.Module, hidden: Tensor, vocab_size: int, rollouts: Rollouts, part: Packed
-) -> Tensor:
-    """(N,) float32: the trained policy's log-probabilities of a micro-batch's sampled tokens."""
-    sampled = rollouts.response_ids[part.rollout, part.position].unsqueeze(-1)
-    return candidate_logprobs(hidden, output_head(student), sampled, vocab_size=vocab_size).squeeze(-1)
+from prune_opd.types import Rollouts
 
 
 def corrected(

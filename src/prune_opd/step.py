@@ -49,7 +49,7 @@ from prune_opd.core.objective import (
     topk_reverse_kl,
 )
 from prune_opd.core.window import TrainingWindow, WindowChange
-from prune_opd.correction import corrected, sampled_logprobs
+from prune_opd.correction import corrected
 from prune_opd.errors import NonFiniteError
 from prune_opd.events import drift_events
 from prune_opd.finite import check_student, check_teacher
@@ -192,13 +192,12 @@ def prune_opd_step(
             with torch.autocast(device.type, torch.bfloat16, enabled=training.bf16):
                 hidden = states(student, packed_inputs(student, part))[part.row, part.column]
             part_weight, part_advantage = weight, advantage
+            at_candidates, at_sampled = student_logprobs(student, hidden, vocab_size, rollouts, scores, part, objective)
             if trainer_logprobs is not None:  # another policy sampled: how far is it from the policy that is trained?
-                trainer_logprobs[part.rollout, part.position] = sampled_logprobs(
-                    student, hidden, vocab_size, rollouts, part
-                )
+                trainer_logprobs[part.rollout, part.position] = at_sampled.detach()
                 part_weight, part_advantage = corrected(weight, advantage, rollouts, trainer_logprobs, config)
             of_teacher, of_task = loss_sums(
-                student, hidden, vocab_size, rollouts, scores, part_weight, part_advantage, part, teacher, objective
+                at_candidates, at_sampled, rollouts, scores, part_weight, part_advantage, part, teacher, objective
             )
             loss = teacher_factor * of_teacher.loss
             if of_task is not None and tokens:
@@ -278,10 +277,34 @@ def sample_rollouts(
     return Sampled(numbers, audit, in_flight, rollouts)
 
 
-def loss_sums(
+def student_logprobs(
     student: torch.nn.Module,
     hidden: Tensor,
     vocab_size: int,
+    rollouts: Rollouts,
+    scores: TeacherScores,
+    part: Packed,
+    objective: ObjectiveSection,
+) -> tuple[Tensor, Tensor]:
+    """All that the losses need of the student, from hidden states (N, H), with gradient, in one pass of the head.
+
+    Log-probs (N, C) of the objective's candidates, or logits (N, V) where it runs over the whole vocabulary; and
+    log-probs (N,) of the sampled tokens.
+    """
+    where = part.rollout, part.position
+    head, sampled = output_head(student), rollouts.response_ids[where].unsqueeze(-1)
+    if objective.runs_over_vocabulary:
+        logits = head.logits(hidden)[:, :vocab_size]
+        return logits, logits.gather(-1, sampled).squeeze(-1) - logits.logsumexp(-1)
+    assert rollouts.student is not None  # of no use to sampled_token, and free beside a pass over the vocabulary
+    ids, _ = candidates(rollouts.student.ids[where][None], scores.topk.ids[where][None], objective.top_k_strategy)
+    logprobs = candidate_logprobs(hidden, head, torch.cat([ids[0], sampled], dim=-1), vocab_size=vocab_size)
+    return logprobs[:, :-1], logprobs[:, -1]
+
+
+def loss_sums(
+    at_candidates: Tensor,
+    at_sampled: Tensor,
     rollouts: Rollouts,
     scores: TeacherScores,
     weight: Tensor,
@@ -290,20 +313,19 @@ def loss_sums(
     teacher: Teacher,
     objective: ObjectiveSection,
 ) -> tuple[LossSums, LossSums | None]:
-    """Sums over the N kept tokens of a micro-batch, from hidden states (N, H) with gradient: the chosen objective's,
-    and, where there is an advantage (B, T), those of the policy gradient on the sampled tokens.
+    """Sums over the N kept tokens of a micro-batch, from what `student_logprobs` returns: the chosen objective's, and,
+    where there is an advantage (B, T), those of the policy gradient on the sampled tokens.
 
     Tensors of shape (N, ...) enter the objectives as (1, N, ...): one rollout of N tokens, all of them valid.
     """
     where = part.rollout, part.position
     assert rollouts.student is not None
-    head = output_head(student)
+    at_candidates, at_sampled = at_candidates[None], at_sampled[None]
     mask, weights = torch.ones_like(part.rollout, dtype=torch.bool)[None], weight[where][None]
-    sampled = rollouts.response_ids[where].unsqueeze(-1)
     match objective.loss:
         case "topk_reverse_kl":
             student_ids, teacher_ids = rollouts.student.ids[where][None], scores.topk.ids[where][None]
-            ids, counted = candidates(student_ids, teacher_ids, objective.top_k_strategy)
+            _, counted = candidates(student_ids, teacher_ids, objective.top_k_strategy)
             at_student_ids, at_teacher_ids = scores.candidate_logprobs[where], scores.topk.logprobs[where]
             teacher_logprobs = {
                 "only_stu": at_student_ids,
@@ -311,12 +333,8 @@ def loss_sums(
                 "only_tch": at_teacher_ids,
                 "union": torch.cat([at_student_ids, at_teacher_ids], dim=-1),
             }[objective.top_k_strategy]
-            # The sampled token beside the candidates: the head goes over the vocabulary once for both.
-            asked = ids[0] if advantage is None else torch.cat([ids[0], sampled], dim=-1)
-            logprobs = candidate_logprobs(hidden, head, asked, vocab_size=vocab_size)
-            at_sampled = logprobs[:, -1:]
             of_teacher = topk_reverse_kl(
-                logprobs[None, :, : ids.shape[-1]],
+                at_candidates,
                 teacher_logprobs[None],
                 mask,
                 weights,
@@ -324,16 +342,13 @@ def loss_sums(
                 reward_weight_mode=objective.reward_weight_mode,
             )
         case "sampled_token":
-            at_sampled = candidate_logprobs(hidden, head, sampled, vocab_size=vocab_size)
-            of_teacher = sampled_token_loss(at_sampled.T, scores.sampled_logprobs[where][None], mask, weights)
-        case "forward_kl" | "reverse_kl" | "jsd":
-            logits, teacher_logits = head.logits(hidden)[None, :, :vocab_size], teacher.logits(part)[None]
-            at_sampled = logits[0].log_softmax(-1).gather(-1, sampled)
-            if objective.loss == "jsd":
-                of_teacher = jsd(logits, teacher_logits, mask, weights, beta=objective.jsd_beta)
-            else:
-                divergence = forward_kl if objective.loss == "forward_kl" else reverse_kl
-                of_teacher = divergence(logits, teacher_logits, mask, weights)
+            of_teacher = sampled_token_loss(at_sampled, scores.sampled_logprobs[where][None], mask, weights)
+        case "forward_kl":
+            of_teacher = forward_kl(at_candidates, teacher.logits(part)[None], mask, weights)
+        case "reverse_kl":
+            of_teacher = reverse_kl(at_candidates, teacher.logits(part)[None], mask, weights)
+        case "jsd":
+            of_teacher = jsd(at_candidates, teacher.logits(part)[None], mask, weights, beta=objective.jsd_beta)
     if advantage is None:
         return of_teacher[1], None
-    return of_teacher[1], policy_gradient(at_sampled.T, advantage[where][None], mask)[1]
+    return of_teacher[1], policy_gradient(at_sampled, advantage[where][None], mask)[1]
