@@ -1,19 +1,18 @@
 """The next step's rollouts, sampled in a thread while the student is updated: off unless `rollout.ahead` says so.
 
 Their policy is one update old, always one and never more: staleness 1. It is a copy of the student's weights, taken as
-the update begins. How far it is from the policy that is trained is logged (`rollout/engine_kl`), and
-`rollout.importance_sampling_cap` corrects for it. In flight, the teacher reads along in the same thread.
+the update begins; the first step has none before it, and is sampled from the copy on its own policy. How far the copy
+is from the policy that is trained is logged (`rollout/engine_kl`), and `rollout.importance_sampling_cap` corrects for
+it. In flight, the teacher reads along in the same thread.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import torch
-
 from prune_opd.sampling.local import LocalSampler
+from prune_opd.sampling.student_copy import StudentCopy
 from prune_opd.step import Sampled
 
 
@@ -21,22 +20,16 @@ class RolloutsAhead:
     """sample(step, max_length, sampler): the rollouts of a step, by that sampler. `steps`: of the whole run."""
 
     def __init__(
-        self, sampler: LocalSampler, sample: Callable[[int, int, LocalSampler], Sampled], *, steps: int
+        self, student: StudentCopy, sample: Callable[[int, int, LocalSampler], Sampled], *, steps: int
     ) -> None:
-        self.student, self.sample, self.steps = sampler.model, sample, steps
-        self.sampler = copy.copy(sampler)
-        self.sampler.model = copy.deepcopy(sampler.model).requires_grad_(False).eval()
-        self.sampler.keep_sampled_logprobs = True
+        self.student, self.sample, self.steps = student, sample, steps
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollouts-ahead")
         self.coming: Future[Sampled] | None = None
 
-    @torch.no_grad()
     def begin(self, step: int, max_length: int) -> None:
         """Start on the rollouts of `step`, from the weights of this moment; after the run's last step, nothing."""
         if step < self.steps:
-            for mine, theirs in zip(self.sampler.model.parameters(), self.student.parameters(), strict=True):
-                mine.copy_(theirs)
-            self.coming = self.thread.submit(self.sample, step, max_length, self.sampler)
+            self.coming = self.thread.submit(self.sample, step, max_length, self.student.refreshed())
 
     def take(self) -> Sampled | None:
         """What was begun, when it is done, or None. Raises what sampling raised."""

@@ -34,6 +34,7 @@ from prune_opd.report.model_card import model_card
 from prune_opd.rewards import GRADE, load_reward
 from prune_opd.sampling.base import Sampler
 from prune_opd.sampling.local import LocalSampler
+from prune_opd.sampling.student_copy import StudentCopy
 from prune_opd.step import Sampled, StepResult, prune_opd_step, sample_rollouts
 from prune_opd.teachers.local import LocalTeacher
 from prune_opd.tracking.console import step_view
@@ -154,10 +155,12 @@ class Trainer:
             self.sampler = distributed.WholeWeightsSampler(self.sampler, self.student)
             distributed.shard(self.student)
         self.window = build_window(config)
+        self.rollout_sampler = self.sampler
         self.ahead: RolloutsAhead | None = None
         if config.rollout.ahead:
             assert isinstance(self.sampler, LocalSampler)  # config.py lets no other
-            self.ahead = RolloutsAhead(self.sampler, self._sample_ahead, steps=config.training.steps)
+            self.rollout_sampler = StudentCopy(self.sampler)
+            self.ahead = RolloutsAhead(self.rollout_sampler, self._sample_ahead, steps=config.training.steps)
         self.optimizer, self.schedule = build_optimizer(self.student, config)
         self.totals, self.steps_done = Totals(), 0
         self.unlogged: dict[str, Any] | None = None  # the record of a step whose evaluation a signal cut off
@@ -295,7 +298,7 @@ class Trainer:
                 step=step,
                 prompts=[prompt.token_ids for prompt in prompts],
                 student=self.student,
-                sampler=self.sampler,
+                sampler=self.rollout_sampler,
                 teacher=self.teacher,
                 optimizer=self.optimizer,
                 window=self.window,
