@@ -303,6 +303,12 @@ def test_an_override_keeps_its_neighbours(write):
         ),
         ("[objective]\nloss = 'jsd'\ntop_k_strategy = 'union'\n", ["objective.top_k_strategy"]),
         ("[objective]\njsd_beta = 0.1\n", ["objective.jsd_beta"]),
+        ("[rollout]\nimportance_sampling_cap = 2.0\n", ["rollout.importance_sampling_cap"]),
+        ("[rollout]\nimportance_sampling_cap = 2.0\ndtype = 'bfloat16'\n", []),
+        (
+            "[rollout]\nimportance_sampling_cap = 2.0\ndtype = 'float32'\n",
+            ["rollout.importance_sampling_cap", "rollout.dtype"],
+        ),
         ("[evaluation]\nk = 4\n", ["evaluation.k"]),
         ("[reward]\nopd_kl_coef = 0.5\n", ["reward.opd_kl_coef"]),
         ("[reward]\nfunction = 'grade'\nopd_kl_coef = 0.5\nafter_drift = 'task_only'\n", []),

@@ -92,12 +92,15 @@ class RolloutSection(Section):
     ahead: bool = Field(
         False, description="Sample the next step's rollouts while this one updates; their policy is one update old."
     )
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="Type of the weights that rollouts are decoded with; unset, the student's own."
+    )
     use_vllm: bool = Field(False, description="Sample with a vLLM engine in this process, synchronised at every step.")
     vllm_gpu_memory_utilization: float = Field(0.3, gt=0, le=1, description="Share of the GPU that vLLM may take.")
     importance_sampling_cap: float | None = Field(
         None,
         gt=0,
-        description="With use_vllm or ahead: weigh by min(cap, p_trainer / p_sampler) of a token; unset, not at all.",
+        description="With use_vllm, ahead, dtype: weigh tokens by min(cap, p_trainer / p_sampler); unset, not at all.",
     )
 
 
@@ -290,6 +293,16 @@ class Config(Section):
         return self.pruning.enable and self.pruning.in_flight.enable
 
     @property
+    def other_rollout_dtype(self) -> str | None:
+        """The type that rollouts are decoded in, where it is not the student's own."""
+        return None if self.rollout.dtype == self.model.dtype else self.rollout.dtype
+
+    @property
+    def samples_from_copy(self) -> bool:
+        """Whether rollouts come from a copy of the student's weights."""
+        return self.rollout.ahead or self.other_rollout_dtype is not None
+
+    @property
     def teacher_ends_with_reliability(self) -> bool:
         """Whether the teacher's signal is dropped where reliability is gone, so that the task reward goes on alone."""
         return self.pruning.enable and self.reward.function is not None and self.reward.after_drift == "task_only"
@@ -377,8 +390,10 @@ def settings_without_effect(config: Config) -> Iterator[tuple[str, str]]:
     if not config.rollout.use_vllm:
         for name in written(config.rollout, "rollout", "vllm_gpu_memory_utilization"):
             yield name, "rollout.use_vllm is false"
-        for name in () if config.rollout.ahead else written(config.rollout, "rollout", "importance_sampling_cap"):
-            yield name, "rollout.use_vllm and rollout.ahead are false: the policy that is trained samples"
+        for name in () if config.samples_from_copy else written(config.rollout, "rollout", "importance_sampling_cap"):
+            yield name, "without rollout.use_vllm, ahead or another dtype the policy that is trained samples"
+    if config.rollout.dtype == config.model.dtype:
+        yield "rollout.dtype", f"the student's weights are {config.model.dtype} already (model.dtype)"
     if config.model.teacher_model_server_url is None:
         for name in written(config.model.teacher_server, "model.teacher_server"):
             yield name, "model.teacher_model_server_url is not set, so the teacher runs in this process"
@@ -464,10 +479,11 @@ def _check_conflicts(config: Config, where: str) -> None:
                 "rollout is compared with others of its prompt; raise it, or take the reward out"
             )
     _check_controls(config, where)
-    if config.rollout.ahead and (config.rollout.use_vllm or config.training.parallel == "fsdp2"):
+    if config.samples_from_copy and (config.rollout.use_vllm or config.training.parallel == "fsdp2"):
+        setting = "rollout.ahead" if config.rollout.ahead else "rollout.dtype"
         other = "rollout.use_vllm" if config.rollout.use_vllm else 'training.parallel = "fsdp2"'
         raise ConfigError(
-            f"{where}: rollout.ahead needs a copy of the whole student to sample from, which {other} does not have; "
+            f"{where}: {setting} needs a copy of the whole student to sample from, which {other} does not have; "
             "leave one of them out"
         )
     if config.model.compile and config.training.parallel == "fsdp2":

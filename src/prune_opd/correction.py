@@ -1,7 +1,8 @@
 """When another policy sampled the rollouts than the one that is trained: weights that make up for the gap.
 
-An engine has the same weights and other kernels; rollouts that were sampled ahead have weights of one update before.
-`rollout.importance_sampling_cap` corrects for it; what the gap is, is logged in any case.
+An engine has the same weights and other kernels; rollouts that were sampled ahead have weights of one update before,
+those in another `rollout.dtype` rounded ones. `rollout.importance_sampling_cap` corrects for it; what the gap is, is
+logged in any case.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ Source: arXiv 2605.07804. Where we differ from it, and why:
   * M starts at 1024 in the default recipe; the paper gives 1024, 2048 and 6144 in different places.
   * Options beyond the paper, off by default: stopping in flight, the repetition guard, `weight_mean`, `overlap_mass`,
     losses other than `topk_reverse_kl`, a reward of the task beside the teacher's signal, and rollouts of a policy that
-    is not the trained one, another engine's or that of one update ago (correction.py).
+    is not the trained one: another engine's, that of one update ago, or its weights rounded (correction.py).
   * A batch in which no token carries weight is no update: momentum alone would move the weights.
 """
 

@@ -217,6 +217,22 @@ def test_rollouts_ahead_need_a_copy_of_the_student_and_take_no_turn(folder):
     assert "student's copy" not in describe_plan(config(folder, folder))
 
 
+@pytest.mark.parametrize("more", [{}, {"model.lora.r": 4}, {"rollout.ahead": True}])
+def test_rollouts_in_another_type_need_a_copy_of_the_student_in_it(folder, more):
+    usual = estimate_memory(config(folder, folder, **more))
+    other = estimate_memory(config(folder, folder, **more, **{"rollout.dtype": "bfloat16"}))
+    assert other.student_copy == usual.student / 2, "one copy, with ahead too"
+    assert other.cache_training == usual.cache_training / 2 and other.cache_evaluation == usual.cache_evaluation
+    ahead = "rollout.ahead" in more
+    on_top = usual.activations + usual.logits + ahead * other.cache_training
+    assert other.peak == usual.student * 1.5 + usual.gradients + usual.optimizer + usual.teacher + on_top
+    text = describe_plan(config(folder, folder, **more, **{"rollout.dtype": "bfloat16"}))
+    assert "in float32, rollouts in bfloat16" in text and "student's copy" in text
+    same = estimate_memory(config(folder, folder, **{"rollout.dtype": "float32"}))
+    assert same == estimate_memory(config(folder, folder))
+    assert estimate_memory(config(**{"rollout.dtype": "bfloat16"})).student_copy == 3e9, "from the name alone"
+
+
 # ---- models that are not here ----
 
 

@@ -133,7 +133,8 @@ def _plan(config: Config, memory: Memory) -> Iterator[tuple[str, str]]:
     model, rollout, training = config.model, config.rollout, config.training
     lora = model.lora
     trained = f"LoRA adapters of rank {lora.r} on {lora.target_modules}" if lora else "all weights"
-    yield "student", f"{model.model_name_or_path}, {trained} in {model.dtype}"
+    rounded = f", rollouts in {config.other_rollout_dtype}" if config.other_rollout_dtype else ""
+    yield "student", f"{model.model_name_or_path}, {trained} in {model.dtype}{rounded}"
     urls = model.teacher_model_server_url
     where = (
         f"in {model.teacher_dtype}"
@@ -266,7 +267,7 @@ def estimate_memory(config: Config) -> Memory:
         source="config.json of both models",
         ahead=config.rollout.ahead,
         student=_bytes(student.parameters()),
-        student_copy=_bytes(student.parameters()) if config.rollout.ahead else 0,
+        student_copy=_copy_bytes(config, student),
         gradients=trained,
         optimizer=2 * trained,
         teacher=0 if settings.teacher_model_server_url else _bytes(teacher.parameters()),
@@ -274,7 +275,9 @@ def estimate_memory(config: Config) -> Memory:
             student_config, settings, rows, width, bf16=training.bf16, recompute=training.gradient_checkpointing
         ),
         logits=_logit_bytes(config, student_config, teacher_config, rows * response),
-        cache_training=_cache_bytes(student_config, settings.dtype, rollouts_at_once(config), width),
+        cache_training=_cache_bytes(
+            student_config, config.rollout.dtype or settings.dtype, rollouts_at_once(config), width
+        ),
         cache_teacher=_cache_bytes(teacher_config, settings.teacher_dtype, config.rollout.slots, width)
         if config.stops_in_flight
         else 0,
@@ -290,7 +293,8 @@ def _memory_from_names(
     names = settings.model_name_or_path, settings.teacher_model_name_or_path
     missing = [n for n, found in zip(names, (student_config, teacher_config), strict=True) if found is None]
     student, teacher = (parameters_in_name(name) for name in names)
-    in_student, in_teacher = (getattr(torch, dtype).itemsize for dtype in (settings.dtype, settings.teacher_dtype))
+    dtypes = settings.dtype, settings.teacher_dtype, config.rollout.dtype or settings.dtype
+    in_student, in_teacher, in_copy = (getattr(torch, dtype).itemsize for dtype in dtypes)
     weights = None if student is None else student * in_student
     trained = None if settings.lora is not None else weights
     served = settings.teacher_model_server_url is not None
@@ -298,7 +302,7 @@ def _memory_from_names(
         source=f"the names of the models, because config.json of {' and '.join(missing)} is not on this machine",
         ahead=config.rollout.ahead,
         student=weights,
-        student_copy=weights if config.rollout.ahead else 0,
+        student_copy=None if student is None else student * in_copy if config.samples_from_copy else 0,
         gradients=trained,
         optimizer=None if trained is None else 2 * trained,
         teacher=0 if served else None if teacher is None else teacher * in_teacher,
@@ -428,6 +432,13 @@ def _bytes(parameters: Iterable[Tensor]) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
 
 
+def _copy_bytes(config: Config, student: PreTrainedModel) -> int:
+    """The copy that rollouts are sampled from, if any: adapters keep their own type unless the copy is given one."""
+    if config.other_rollout_dtype is None:
+        return _bytes(student.parameters()) if config.rollout.ahead else 0
+    return sum(p.numel() for p in student.parameters()) * getattr(torch, config.other_rollout_dtype).itemsize
+
+
 def _total(parts: Iterable[int | None]) -> int:
     return sum(part or 0 for part in parts)
 
@@ -436,8 +447,9 @@ def memory_rows(config: Config, memory: Memory) -> Iterator[tuple[str, str]]:
     """What each part of a run takes, as (name, text)."""
     rows, width, _ = micro_batch_shape(config)
     yield "student weights", size_text(memory.student)
-    if config.rollout.ahead:
-        yield "student's copy", f"{size_text(memory.student_copy)} (rollouts are sampled from it during the update)"
+    if config.samples_from_copy:
+        when = " during the update" if config.rollout.ahead else ""
+        yield "student's copy", f"{size_text(memory.student_copy)} (rollouts are sampled from it{when})"
     yield "gradients", size_text(memory.gradients)
     yield "AdamW state", size_text(memory.optimizer)
     yield "teacher weights", size_text(memory.teacher)

@@ -157,10 +157,12 @@ class Trainer:
         self.window = build_window(config)
         self.rollout_sampler = self.sampler
         self.ahead: RolloutsAhead | None = None
-        if config.rollout.ahead:
+        if config.samples_from_copy:
             assert isinstance(self.sampler, LocalSampler)  # config.py lets no other
-            self.rollout_sampler = StudentCopy(self.sampler)
-            self.ahead = RolloutsAhead(self.rollout_sampler, self._sample_ahead, steps=config.training.steps)
+            dtype = config.other_rollout_dtype
+            self.rollout_sampler = student_copy = StudentCopy(self.sampler, getattr(torch, dtype) if dtype else None)
+            if config.rollout.ahead:
+                self.ahead = RolloutsAhead(student_copy, self._sample_ahead, steps=config.training.steps)
         self.optimizer, self.schedule = build_optimizer(self.student, config)
         self.totals, self.steps_done = Totals(), 0
         self.unlogged: dict[str, Any] | None = None  # the record of a step whose evaluation a signal cut off
