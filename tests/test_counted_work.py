@@ -125,6 +125,14 @@ def test_the_heads_pass_for_the_loss_also_says_how_far_another_policy_is():
     assert result.trainer_logprobs is not None and other == own
 
 
+def test_rollouts_that_ended_before_a_look_are_read_packed_as_without_one():
+    """Watching costs nothing where there is nothing to stop: the forwards of the teacher are those of the update."""
+    settings = IN_FLIGHT | {"pruning.in_flight.chunk": 100}
+    result, student, teacher, _ = counted_step(**settings)
+    assert len(set(result.rollouts.lengths.tolist())) > 1
+    assert teacher.columns == student.with_gradient
+
+
 def test_a_stop_in_flight_spares_both_models_their_work():
     """Against the same rollouts uncut: fewer tokens in each body and head."""
     stop = IN_FLIGHT | {"pruning.in_flight.stop_after_events": 2}

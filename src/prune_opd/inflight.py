@@ -45,10 +45,20 @@ class InFlightStop:
         self.monitor = DriftMonitor(len(audit), w_drop=w_drop, eps=pruning.positive_eps)
         self.scores: TeacherScores | None = None
         self.unscored: dict[int, int] = {}  # rollout -> its first token that waits for the next look that is worth it
+        self.running = len(audit)
+        self.whole: list[Span] = []  # rollouts that ended before anyone read them; the teacher reads them last, packed
 
     def watch(self, response_ids: Tensor, student: TopK, spans: Sequence[Span]) -> Mapping[int, int]:
         """See `Watcher.watch`."""
-        spans = self._due(spans)
+        stops = self._read(response_ids, student, self._due(spans))
+        self.running -= len(stops.keys() - {span.rollout for span in spans if span.ended})
+        if self.running == 0:
+            stops |= self._read(response_ids, student, self.whole)
+            self.whole = []
+        return stops
+
+    def _read(self, response_ids: Tensor, student: TopK, spans: Sequence[Span]) -> dict[int, int]:
+        """Have the teacher read these tokens; which rollouts stop, and where."""
         if not spans:
             return {}
         with self.stopwatch.phase("teacher"):
@@ -56,7 +66,7 @@ class InFlightStop:
         with self.stopwatch.phase("drift"):
             return self._stops(response_ids, student, spans)
 
-    def _stops(self, response_ids: Tensor, student: TopK, spans: Sequence[Span]) -> Mapping[int, int]:
+    def _stops(self, response_ids: Tensor, student: TopK, spans: Sequence[Span]) -> dict[int, int]:
         assert self.scores is not None
         # The last tokens before the chunk come along: a loop shows only against them.
         repetition = self.pruning.repetition
@@ -82,14 +92,18 @@ class InFlightStop:
     def _due(self, spans: Sequence[Span]) -> list[Span]:
         """The spans to be scored now, with what waited before them; the others wait.
 
-        A token is at most one event, so a rollout with fewer new tokens than events left cannot be spent yet. And where
-        a look costs as much as the whole prefix, the looks grow apart (`TeacherStream.growth`).
+        A token is at most one event, so a rollout with fewer new tokens than events left cannot be spent yet. Where a
+        look costs as much as the whole prefix, the looks grow apart (`TeacherStream.growth`). And a rollout that ended
+        before the first look at it can wait until all have: nothing is left to spare.
         """
         due, events = [], self.monitor.events_so_far.tolist()
         for span in spans:
             start = self.unscored.pop(span.rollout, span.start)
             may_stop = span.end - start >= self.events_to_stop - events[span.rollout] and span.end >= self.min_tokens
-            if span.ended or (may_stop and span.end >= self.stream.growth * start):
+            self.running -= span.ended
+            if span.ended and start == 0:
+                self.whole.append(replace(span, start=0))
+            elif span.ended or (may_stop and span.end >= self.stream.growth * start):
                 due.append(replace(span, start=start))
             else:
                 self.unscored[span.rollout] = start
@@ -97,7 +111,7 @@ class InFlightStop:
 
     def scores_of(self, width: int) -> TeacherScores:
         """Everything the teacher said, for the first `width` response positions."""
-        assert self.scores is not None
+        assert self.scores is not None and not self.whole
         where = slice(None), slice(width)
         return replace(
             self.scores,

@@ -90,11 +90,20 @@ class LocalStream:
     def score(self, response_ids: Tensor, student: TopK, spans: Sequence[Span]) -> TeacherScores:
         """See `TeacherStream.score`."""
         scores = self.scores or empty_scores(response_ids, student, self.top_k)
-        for group in self._groups(spans):
-            self._forward(scores, group, response_ids, student)
-            for span in group:
+        whole = [span for span in spans if span.ended and span.start == 0]
+        seated = [span for span in spans if span.rollout in self.slot]
+        newcomers = [span for span in spans if not (span in whole or span in seated)]
+        if whole:  # read at once, as rollouts that nobody watches: they need no cache, and packed no padding
+            self._read_whole(scores, whole, response_ids, student)
+        if seated:
+            self._read_on(scores, seated, response_ids, student)
+            for span in seated:
                 if span.ended:
                     self.drop(span.rollout)
+        if newcomers:
+            assert len(newcomers) <= len(self.free), "more unfinished rollouts than slots"
+            self.slot |= {span.rollout: self.free.pop() for span in newcomers}
+            self._read_on(scores, newcomers, response_ids, student)
         self.scores = replace(scores, scored=scores.scored + sum(span.end - span.start for span in spans))
         return self.scores
 
@@ -103,22 +112,17 @@ class LocalStream:
         if rollout in self.slot:
             self.free.append(self.slot.pop(rollout))
 
-    def _groups(self, spans: Sequence[Span]):
-        """Spans that go through one forward together: those with a slot first, then newcomers as slots allow.
+    def _read_whole(self, scores: TeacherScores, spans: Sequence[Span], response_ids: Tensor, student: TopK) -> None:
+        lengths = torch.zeros(len(self.prompts), dtype=torch.long, device=response_ids.device)
+        for span in spans:
+            lengths[span.rollout] = span.end
+        mask = torch.arange(response_ids.shape[1], device=response_ids.device) < lengths[:, None]
+        teacher, unknown = self.teacher, torch.zeros_like(lengths, dtype=torch.bool)
+        for part in pack(Rollouts(self.prompts, response_ids, mask, unknown, unknown), teacher.token_budget):
+            hidden = teacher.hidden_states(teacher.model, packed_inputs(teacher.model, part))[part.row, part.column]
+            teacher.write(scores, hidden, part.rollout, part.position, response_ids, student)
 
-        Of the newcomers, rollouts that have ended already come first: they give their slot back at once.
-        """
-        seated = [span for span in spans if span.rollout in self.slot]
-        if seated:
-            yield seated
-        newcomers = sorted((span for span in spans if span not in seated), key=lambda span: not span.ended)
-        while newcomers:
-            group, newcomers = newcomers[: len(self.free)], newcomers[len(self.free) :]
-            assert group, "more unfinished rollouts than slots"
-            self.slot |= {span.rollout: self.free.pop() for span in group}
-            yield group
-
-    def _forward(self, scores: TeacherScores, group: Sequence[Span], response_ids: Tensor, student: TopK) -> None:
+    def _read_on(self, scores: TeacherScores, group: Sequence[Span], response_ids: Tensor, student: TopK) -> None:
         """Feed what the teacher has not seen, less each rollout's last token, from which nothing is predicted yet."""
         device = response_ids.device
         said = response_ids.cpu()
