@@ -127,7 +127,7 @@ def test_the_heads_pass_for_the_loss_also_says_how_far_another_policy_is():
 
 def test_rollouts_that_ended_before_a_look_are_read_packed_as_without_one():
     """Watching costs nothing where there is nothing to stop: the forwards of the teacher are those of the update."""
-    settings = IN_FLIGHT | {"pruning.in_flight.chunk": 100}
+    settings = IN_FLIGHT | {"pruning.in_flight.chunk": 100, "pruning.in_flight.audit_share": 1.0}
     result, student, teacher, _ = counted_step(**settings)
     assert len(set(result.rollouts.lengths.tolist())) > 1
     assert teacher.columns == student.with_gradient
