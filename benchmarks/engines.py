@@ -102,6 +102,7 @@ def engines(
     batch, slots, top_k = len(prompts), arguments.slots, arguments.top_k
     longest = max(map(len, prompts)) + length
     local = LocalSampler(model, pad_id=PAD, eos_ids=ends, slots=slots)
+    compiled = LocalSampler(model, pad_id=PAD, eos_ids=ends, slots=slots, compile=True)
     vllm = VLLMSampler(
         model,
         model=path,
@@ -183,6 +184,8 @@ def engines(
         return list(map(len, said))
 
     return {
+        "slot engine, compiled, top-k": sampled(compiled, top_k),
+        "slot engine, compiled": sampled(compiled, 0),
         "slot engine, top-k": sampled(local, top_k),
         "slot engine": sampled(local, 0),
         "vLLM, top-k": sampled(vllm, top_k),

@@ -8,9 +8,10 @@ also pays for its metrics and its rollout log; TRL's logging falls outside its s
 Student weights are put back before each step, so that every repeat is a first step: a student that learns to stop
 would make the later ones shorter. Two cases: rollouts end where the student ends them, and rollouts that cannot end.
 
-TRL minimises the reverse KL over the whole vocabulary (beta=1). `topk_reverse_kl` is this project's default loss,
-`reverse_kl` is TRL's. Gradient checkpointing is off on both sides, though TRL's default is on and slower:
---trl-checkpointing times that default. --trl-accumulation looks for the micro-batch that suits TRL best.
+TRL minimises the reverse KL over the whole vocabulary (beta=1), our default is topk_reverse_kl; one of our arms has
+TRL's loss, one is compiled (`model.compile`). Gradient checkpointing is off on both sides, though TRL's default is on
+and slower: --trl-checkpointing times that default. --trl-accumulation looks for the micro-batch that suits TRL best,
+--trl-compile has its student compiled too, as its own setting does it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,11 @@ from prune_opd.training.trainer import Trainer
 Samples = dict[str, list[dict[str, float]]]
 
 TRL = "TRL, reverse_kl"
-LOSSES = ("topk_reverse_kl", "reverse_kl")
+OURS = {
+    "prune-opd, compiled": {"model.compile": True},
+    "prune-opd": {},
+    "prune-opd, reverse_kl": {"objective.loss": "reverse_kl"},
+}
 PHASES = ("rollout", "teacher", "update")
 
 
@@ -174,9 +179,7 @@ def run_case(student: str, teacher: str, args: argparse.Namespace, folder: Path)
         "training": {"steps": steps, "learning_rate": 5e-5, "device": "cpu", "threads": args.threads},
     }
     config = parse_config(settings, where="benchmarks/step_time.py")
-    ours = {
-        f"prune-opd, {loss}": Ours(config.with_settings(**{"objective.loss": loss}), folder / loss) for loss in LOSSES
-    }
+    ours = {name: Ours(config.with_settings(**changes), folder / name) for name, changes in OURS.items()}
     source, tokenizer = next(iter(ours.values())).trainer.prompts, AutoTokenizer.from_pretrained(resolve_model(student))
     tokenizer.padding_side = "left"
     rows = [
@@ -199,6 +202,7 @@ def run_case(student: str, teacher: str, args: argparse.Namespace, folder: Path)
             logging_strategy="no",
             dataloader_pin_memory=False,
             gradient_checkpointing=args.trl_checkpointing,
+            torch_compile=args.trl_compile,
             per_device_train_batch_size=rollouts // args.trl_accumulation,
             gradient_accumulation_steps=args.trl_accumulation,
             max_steps=steps,
@@ -280,8 +284,9 @@ def main() -> None:
     parser.add_argument("--max-completion-length", type=int, default=340, help="most tokens of a response")
     parser.add_argument("--trl-accumulation", type=int, default=1, help="micro-batches that TRL splits a step into")
     parser.add_argument("--trl-checkpointing", action="store_true", help="gradient checkpointing, TRL's default")
+    parser.add_argument("--trl-compile", action="store_true", help="torch_compile, off by default in TRL as in ours")
     parser.add_argument("--repeats", type=int, default=7, help="timed steps of each arm")
-    parser.add_argument("--warmup", type=int, default=1, help="untimed steps of each arm before them")
+    parser.add_argument("--warmup", type=int, default=2, help="untimed steps of each arm before them")
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "1")))
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks/step_time.json"))
     args = parser.parse_args()
