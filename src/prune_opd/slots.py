@@ -34,8 +34,8 @@ class SlotLayer(DynamicLayer):
         seen = []
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[cache.rows[:, None], :, cache.columns] = new.transpose(1, 2)
-            rows = buffer[: len(cache.rows)] if cache.leading else buffer[cache.rows]
-            seen.append(rows[:, :, : cache.length])
+            columns = buffer[:, :, : cache.length]
+            seen.append(columns[: len(cache.rows)] if cache.leading else columns[cache.rows])
         return seen[0], seen[1]
 
 
