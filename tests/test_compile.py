@@ -115,7 +115,7 @@ def test_without_a_compiler_it_says_so_before_anything_is_loaded(monkeypatch):
     def nothing(*_):
         raise cpp_builder.exc.InvalidCxxCompiler
 
-    monkeypatch.setattr("prune_opd.modeling.get_cpp_compiler", nothing)
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", nothing)
     with pytest.raises(ModelError, match=r"model\.compile.*install g\+\+"):
         check_compiler(torch.device("cpu"))
     check_compiler(torch.device("meta"))  # a CPU's need

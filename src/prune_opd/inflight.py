@@ -51,7 +51,7 @@ class InFlightStop:
     def watch(self, response_ids: Tensor, student: TopK, spans: Sequence[Span]) -> Mapping[int, int]:
         """See `Watcher.watch`."""
         stops = self._read(response_ids, student, self._due(spans))
-        self.running -= len(stops.keys() - {span.rollout for span in spans if span.ended})
+        self.running -= len(stops.keys() | {span.rollout for span in spans if span.ended})
         if self.running == 0:
             stops |= self._read(response_ids, student, self.whole)
             self.whole = []
@@ -98,15 +98,15 @@ class InFlightStop:
         """
         due, events = [], self.monitor.events_so_far.tolist()
         for span in spans:
-            start = self.unscored.pop(span.rollout, span.start)
-            may_stop = span.end - start >= self.events_to_stop - events[span.rollout] and span.end >= self.min_tokens
-            self.running -= span.ended
-            if span.ended and start == 0:
-                self.whole.append(replace(span, start=0))
-            elif span.ended or (may_stop and span.end >= self.stream.growth * start):
-                due.append(replace(span, start=start))
+            span = replace(span, start=self.unscored.pop(span.rollout, span.start))
+            events_left = self.events_to_stop - events[span.rollout]
+            may_stop = span.end - span.start >= events_left and span.end >= self.min_tokens
+            if span.ended and span.start == 0:
+                self.whole.append(span)
+            elif span.ended or (may_stop and span.end >= self.stream.growth * span.start):
+                due.append(span)
             else:
-                self.unscored[span.rollout] = start
+                self.unscored[span.rollout] = span.start
         return due
 
     def scores_of(self, width: int) -> TeacherScores:

@@ -13,16 +13,14 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InvalidCxxCompiler
 
 from prune_opd.core.head import OutputHead
 from prune_opd.errors import ModelError
 from prune_opd.types import Packed
 from prune_opd.world import whole
 
-PROBE_TOKENS = 4
 COMPILED_VARIANTS = 64  # of one function: student and teacher, with and without gradient, one row or more
+PROBE_TOKENS = 4
 PROBE_LOGIT = 50.0  # as large as logits get: a soft-cap of 30 or 100 shows, which it would not at 0.1
 
 _verified: WeakSet[torch.nn.Module] = WeakSet()  # models whose head passed its probe
@@ -55,9 +53,11 @@ def _guards(entries: Sequence[Any]) -> list[bool]:
 def check_compiler(device: torch.device) -> None:
     """ModelError where torch.compile would find no C++ compiler, which it needs on a CPU."""
     if device.type == "cpu":
+        from torch._inductor import cpp_builder, exc  # 1.5 s that few runs need
+
         try:
-            get_cpp_compiler()
-        except InvalidCxxCompiler as error:
+            cpp_builder.get_cpp_compiler()
+        except exc.InvalidCxxCompiler as error:
             raise ModelError(
                 "model.compile = true needs a C++ compiler on a CPU, and there is none: install g++ (or set CXX to "
                 "another), or take model.compile out"

@@ -50,7 +50,7 @@ class SlotCache(Cache):
 
     @property
     def empty(self) -> bool:
-        """Whether nothing was written yet. The first forward allocates the buffers; nothing else may compile that."""
+        """Whether nothing was written yet. The first forward allocates the buffers: not for compiled code."""
         return not self.layers[0].buffers
 
     def inputs(

@@ -35,9 +35,7 @@ class LocalTeacher:
         """See `Teacher.score`."""
         assert rollouts.student is not None, "the teacher scores the student's candidates: sample with top_k > 0"
         scores = empty_scores(rollouts.response_ids, rollouts.student, top_k)
-        for part in pack(rollouts, self.token_budget):
-            hidden = self.hidden_states(self.model, packed_inputs(self.model, part))[part.row, part.column]
-            self.write(scores, hidden, part.rollout, part.position, rollouts.response_ids, rollouts.student)
+        self.read(scores, rollouts)
         return replace(scores, scored=int(rollouts.lengths.sum()))
 
     def stream(self, prompts: Sequence[Sequence[int]], length: int, *, top_k: int, slots: int) -> LocalStream:
@@ -47,8 +45,17 @@ class LocalTeacher:
     @torch.no_grad()
     def logits(self, part: Packed) -> Tensor:
         """Full-vocabulary logits (N, V) float32 at the kept tokens of a micro-batch, for the losses that need them."""
-        hidden = self.hidden_states(self.model, packed_inputs(self.model, part))[part.row, part.column]
-        return self.head.logits(hidden)[:, : self.vocab_size]
+        return self.head.logits(self._packed_states(part))[:, : self.vocab_size]
+
+    def read(self, scores: TeacherScores, rollouts: Rollouts) -> None:
+        """Fill in the scores of all kept tokens, in packed forwards of whole rollouts."""
+        assert rollouts.student is not None
+        for part in pack(rollouts, self.token_budget):
+            hidden = self._packed_states(part)
+            self.write(scores, hidden, part.rollout, part.position, rollouts.response_ids, rollouts.student)
+
+    def _packed_states(self, part: Packed) -> Tensor:
+        return self.hidden_states(self.model, packed_inputs(self.model, part))[part.row, part.column]
 
     def write(
         self,
@@ -117,10 +124,8 @@ class LocalStream:
         for span in spans:
             lengths[span.rollout] = span.end
         mask = torch.arange(response_ids.shape[1], device=response_ids.device) < lengths[:, None]
-        teacher, unknown = self.teacher, torch.zeros_like(lengths, dtype=torch.bool)
-        for part in pack(Rollouts(self.prompts, response_ids, mask, unknown, unknown), teacher.token_budget):
-            hidden = teacher.hidden_states(teacher.model, packed_inputs(teacher.model, part))[part.row, part.column]
-            teacher.write(scores, hidden, part.rollout, part.position, response_ids, student)
+        finished = stopped = torch.zeros_like(lengths, dtype=torch.bool)  # why they ended is nothing to the teacher
+        self.teacher.read(scores, Rollouts(self.prompts, response_ids, mask, finished, stopped, student))
 
     def _read_on(self, scores: TeacherScores, group: Sequence[Span], response_ids: Tensor, student: TopK) -> None:
         """Feed what the teacher has not seen, less each rollout's last token, from which nothing is predicted yet."""
