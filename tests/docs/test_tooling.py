@@ -51,6 +51,26 @@ def test_pins_name_no_local_build():
     assert not [str(pin) for pin in PINS.values() if "+" in str(pin.specifier)]
 
 
+@pytest.mark.parametrize("torch", ["cpu", "cuda"])
+def test_the_lock_has_the_pins_and_a_hash_for_each(torch):
+    entries = [
+        entry
+        for name in ("requirements.lock", f"torch-{torch}.lock")
+        for entry in re.split(r"\n(?=\S)", (ROOT / name).read_text().strip())
+        if not entry.startswith("#")
+    ]
+    locked = {}
+    for entry in entries:
+        line, *hashes = entry.split(" \\\n")
+        assert hashes and all(re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}", text) for text in hashes), line
+        pin = Requirement(line)
+        locked[canonicalize_name(pin.name)] = Version(str(pin.specifier).removeprefix("==")).public
+    pins = {name: str(pin.specifier).removeprefix("==") for name, pin in PINS.items()}
+    assert not {name for name in pins.keys() & locked.keys() if pins[name] != locked[name]}
+    apart = {"vllm", "verl", "transferqueue", "cachetools", "fastapi"}  # in environments of their own
+    assert pins.keys() - locked.keys() == apart
+
+
 def test_ruff_finds_undefined_names_and_loose_zips():
     """Shape strings of jaxtyping must pass without F821 being switched off for their sake."""
     bad = "for pair in zip([1], [2]):\n    print(pair, nowhere)\n"

