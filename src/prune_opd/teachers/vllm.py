@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prune_opd.errors import ModelError, ServerError, TokenizerError
 from prune_opd.sampling.base import Span
-from prune_opd.serving import BadAnswer, Replica, Servers
+from prune_opd.serving import BadAnswer, Replica, Servers, check_model
 from prune_opd.teachers.local import empty_scores
 from prune_opd.types import Packed, Rollouts, TeacherScores, TopK
 
@@ -71,7 +71,17 @@ class ServedTeacher:
         """
         self.fingerprint = fingerprint
         for replica in self.servers.replicas:
-            self.servers.patiently(replica, lambda replica: self._check_model(replica, longest))
+            self.servers.patiently(
+                replica,
+                lambda replica: check_model(
+                    self.servers,
+                    replica,
+                    self.model,
+                    longest + 1,
+                    whose="teacher",
+                    setting="model.teacher_server.model",
+                ),
+            )
             self.servers.patiently(replica, lambda replica: self._check_tokenizer(replica, tokenizer))
             self.servers.patiently(replica, self._probe)
 
@@ -118,25 +128,6 @@ class ServedTeacher:
 
     # ---- who answers ----
 
-    def _check_model(self, replica: Replica, longest: int) -> None:
-        answer = self.servers.ask(replica, "GET", "/v1/models")
-        entries = answer.get("data") if isinstance(answer, dict) else None
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise BadAnswer("/v1/models lists no models")
-        served = {entry.get("id"): entry.get("max_model_len") for entry in entries}
-        if self.model not in served:
-            raise ModelError(
-                f"{replica.url} serves {', '.join(map(repr, served)) or 'nothing'}, but the teacher of this recipe is "
-                f"{self.model!r}; start it with that model, or set model.teacher_server.model to the served name"
-            )
-        positions = served[self.model]
-        if isinstance(positions, int) and longest + 1 > positions:
-            raise ModelError(
-                f"{replica.url} has {positions} positions, but data.max_prompt_length plus the longest response is "
-                f"{longest}, and scoring needs one more; start the server with --max-model-len {longest + 1}, or lower "
-                "rollout.max_completion_length"
-            )
-
     def _check_tokenizer(self, replica: Replica, tokenizer: PreTrainedTokenizerBase) -> None:
         """Every id of our vocabulary must decode to the same text there."""
         size = min(len(tokenizer), self.vocab_size)
@@ -164,7 +155,7 @@ class ServedTeacher:
             raise BadAnswer("/detokenize gave no text")
         return answer["prompt"]
 
-    def _probe(self, replica: Replica) -> None:
+    def _probe(self, replica: Replica) -> bool:
         """Score a fixed sequence and compare with what was seen first: another model behind the same name shows."""
         ids = [i * self.vocab_size // PROBE_TOKENS for i in range(PROBE_TOKENS)]
         answer = self.servers.ask(replica, "POST", "/v1/completions", self._request(ids))
@@ -178,6 +169,7 @@ class ServedTeacher:
                 f"a fixed sequence differ by {apart:.3g} nats at the median (at most {PROBE_TOLERANCE:g} is noise). It "
                 "was restarted with other weights, or replicas differ; serve one model on all of them"
             )
+        return True
 
 
 class ServedStream:

@@ -36,12 +36,11 @@ from prune_opd.training.files import storage_errors, sync, write_json
 from prune_opd.world import ALONE, World
 
 # What may differ between the run that saved and the run that resumes; anything else would be another experiment.
-FREE_TO_CHANGE = {("model", "teacher_model_server_url"), ("model", "compile")} | {
-    ("training", name)
-    for name in (
-        *("steps", "save_every", "keep_last", "keep_every", "max_skipped_steps"),
-        *("threads", "device", "parallel", "micro_batch_tokens", "gradient_checkpointing"),
-    )
+FREE_TO_CHANGE = {
+    *(("model", name) for name in ("teacher_model_server_url", "compile")),
+    *(("rollout", name) for name in ("vllm_server_url", "vllm_server")),
+    *(("training", name) for name in ("steps", "save_every", "keep_last", "keep_every", "max_skipped_steps")),
+    *(("training", name) for name in ("threads", "device", "parallel", "micro_batch_tokens", "gradient_checkpointing")),
 }
 FREE_SECTIONS = {"tracking", "evaluation"}
 

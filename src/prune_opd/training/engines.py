@@ -11,6 +11,7 @@ from prune_opd.config import Config
 from prune_opd.errors import EngineError, ModelError
 from prune_opd.sampling.base import Sampler
 from prune_opd.sampling.local import LocalSampler
+from prune_opd.sampling.served import ServedSampler
 from prune_opd.sampling.vllm import VLLMSampler
 from prune_opd.serving import Servers
 from prune_opd.teachers.base import Teacher
@@ -32,7 +33,7 @@ def build_sampler(
     max_model_len: int,
     processes: int = 1,
 ) -> Sampler:
-    """The sampler of a recipe. Raises EngineError when vLLM is asked for and cannot be used."""
+    """The sampler of a recipe. Raises EngineError, ModelError or ServerError when vLLM or its server cannot be used."""
     rollout, pad_id, eos_ids = (
         config.rollout,
         tokenizer.pad_token_id,
@@ -58,10 +59,25 @@ def build_sampler(
             f"the student has {rows} ids and the teacher {vocab_size}; vLLM could sample ids that the teacher does not "
             "have. Set rollout.use_vllm = false, whose sampler leaves them out"
         )
+    dtype = rollout.dtype or config.model.dtype
+    if rollout.vllm_server_url is not None:
+        asked = rollout.vllm_server
+        sampler = ServedSampler(
+            student,
+            _servers(rollout.vllm_server_url, asked.timeout, asked.deadline, rollout.slots),
+            model=asked.model or config.model.model_name_or_path,
+            dtype=dtype,
+            pad_id=pad_id,
+            eos_ids=eos_ids,
+            slots=rollout.slots,
+            weights_dir=Path(asked.weights_dir).absolute() if asked.weights_dir else None,
+        )
+        sampler.check(max_model_len)
+        return sampler
     return VLLMSampler(
         student,
         model=models.resolve_model(config.model.model_name_or_path),
-        dtype=config.model.dtype,
+        dtype=dtype,
         pad_id=pad_id,
         eos_ids=eos_ids,
         slots=rollout.slots,
@@ -101,19 +117,19 @@ def build_teacher(
             "Set model.teacher_model_name_or_path to a folder with its config.json and tokenizer"
         )
     vocab_size = models.shared_vocab_size(student, teacher_config.get_text_config().vocab_size, top_k)
-    urls, served = settings.teacher_model_server_url, settings.teacher_server
-    servers = Servers(
-        [urls] if isinstance(urls, str) else urls,
-        timeout=served.timeout,
-        deadline=served.deadline,
-        concurrency=served.concurrency,
-    )
+    served = settings.teacher_server
+    servers = _servers(settings.teacher_model_server_url, served.timeout, served.deadline, served.concurrency)
     teacher = ServedTeacher(
         servers, model=served.model or name, vocab_size=vocab_size, top_logprobs=min(served.top_logprobs, vocab_size)
     )
     probe = run_dir / TEACHER_PROBE if run_dir else None
     teacher.check(tokenizer, longest, read_json(probe).get("logprobs") if probe and probe.exists() else None)
     return teacher, vocab_size
+
+
+def _servers(urls: str | list[str], timeout: float, deadline: float, concurrency: int) -> Servers:
+    replicas = [urls] if isinstance(urls, str) else urls
+    return Servers(replicas, timeout=timeout, deadline=deadline, concurrency=concurrency)
 
 
 def remember_teacher(teacher: Teacher, run_dir: Path) -> None:

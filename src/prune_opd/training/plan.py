@@ -129,18 +129,20 @@ def _every(period: int, last: int) -> list[int]:
     return sorted({*range(period, last + 1, period), last})
 
 
+def _served(urls: str | list[str]) -> str:
+    return f"served at {urls if isinstance(urls, str) else ', '.join(urls)}"
+
+
 def _plan(config: Config, memory: Memory) -> Iterator[tuple[str, str]]:
     model, rollout, training = config.model, config.rollout, config.training
     lora = model.lora
     trained = f"LoRA adapters of rank {lora.r} on {lora.target_modules}" if lora else "all weights"
     rounded = f", rollouts in {config.other_rollout_dtype}" if config.other_rollout_dtype else ""
+    if rollout.vllm_server_url is not None:
+        rounded += f", sampled by vLLM {_served(rollout.vllm_server_url)}"
     yield "student", f"{model.model_name_or_path}, {trained} in {model.dtype}{rounded}"
     urls = model.teacher_model_server_url
-    where = (
-        f"in {model.teacher_dtype}"
-        if urls is None
-        else f"served at {urls if isinstance(urls, str) else ', '.join(urls)}"
-    )
+    where = f"in {model.teacher_dtype}" if urls is None else _served(urls)
     yield "teacher", f"{model.teacher_model_name_or_path}, frozen, {where}"
     yield "prompts", f"{config.data.train}, at most {config.data.max_prompt_length:,} tokens each"
     rollouts = rollout.prompts_per_step * rollout.num_generations
@@ -263,6 +265,7 @@ def estimate_memory(config: Config) -> Memory:
         student = add_adapters(student, settings.lora)
     trained = _bytes(p for p in student.parameters() if p.requires_grad)
     rows, width, response = micro_batch_shape(config)
+    sampled_elsewhere = config.rollout.vllm_server_url is not None
     return Memory(
         source="config.json of both models",
         ahead=config.rollout.ahead,
@@ -275,13 +278,15 @@ def estimate_memory(config: Config) -> Memory:
             student_config, settings, rows, width, bf16=training.bf16, recompute=training.gradient_checkpointing
         ),
         logits=_logit_bytes(config, student_config, teacher_config, rows * response),
-        cache_training=_cache_bytes(
-            student_config, config.rollout.dtype or settings.dtype, rollouts_at_once(config), width
-        ),
+        cache_training=0
+        if sampled_elsewhere
+        else _cache_bytes(student_config, config.rollout.dtype or settings.dtype, rollouts_at_once(config), width),
         cache_teacher=_cache_bytes(teacher_config, settings.teacher_dtype, config.rollout.slots, width)
         if config.stops_in_flight
         else 0,
-        cache_evaluation=_cache_bytes(student_config, settings.dtype, *evaluation_at_once(config)),
+        cache_evaluation=0
+        if sampled_elsewhere
+        else _cache_bytes(student_config, settings.dtype, *evaluation_at_once(config)),
     )
 
 
@@ -307,7 +312,7 @@ def _memory_from_names(
         optimizer=None if trained is None else 2 * trained,
         teacher=0 if served else None if teacher is None else teacher * in_teacher,
         cache_teacher=None if config.stops_in_flight else 0,
-        cache_evaluation=0 if config.evaluation.data is None else None,
+        cache_evaluation=0 if config.evaluation.data is None or config.rollout.vllm_server_url is not None else None,
     )
 
 
@@ -434,8 +439,10 @@ def _bytes(parameters: Iterable[Tensor]) -> int:
 
 def _copy_bytes(config: Config, student: PreTrainedModel) -> int:
     """The copy that rollouts are sampled from, if any: adapters keep their own type unless the copy is given one."""
+    if not config.samples_from_copy:
+        return 0
     if config.other_rollout_dtype is None:
-        return _bytes(student.parameters()) if config.rollout.ahead else 0
+        return _bytes(student.parameters())
     return sum(p.numel() for p in student.parameters()) * getattr(torch, config.other_rollout_dtype).itemsize
 
 
