@@ -34,6 +34,7 @@ from safetensors.torch import load_file
 
 from prune_opd.config import load_config
 from prune_opd.sampling.local import LocalSampler
+from prune_opd.sampling.vllm import VLLMSampler
 from prune_opd.training import trainer as trainer_module
 from prune_opd.training.trainer import Trainer
 
@@ -98,7 +99,8 @@ def show_phases(board: Board) -> None:
 
         setattr(owner, name, outer)
 
-    wrap(LocalSampler, "sample", "rollout")
+    for sampler in (LocalSampler, VLLMSampler):
+        wrap(sampler, "sample", "rollout")
     wrap(trainer_module, "evaluate", "evaluation")
     wrap(trainer_module, "save_checkpoint", "checkpoint")
     wrap(trainer_module, "remove_old_checkpoints", "checkpoint")
