@@ -59,6 +59,12 @@ def test_the_probe_tells_a_pair_that_agrees_from_one_that_does_not():
     assert float(re.match(r"([\d.]+)%", low["saving to expect"][1])[1]) > 5
 
 
+def test_a_probe_compiles_nothing(monkeypatch):
+    for module in ("sampling.local", "teachers.local"):
+        monkeypatch.setattr(f"prune_opd.{module}.compiled", lambda _: pytest.fail("compiled"))
+    assert "agreement, student's text" in findings("model.compile=true", prompts=1)
+
+
 def test_a_threshold_that_cuts_the_teachers_own_text_is_named():
     status, text = findings("pruning.threshold=1.0", "pruning.w_drop=0.5", prompts=2)["threshold"]
     assert status == "warning" and "leaves 0% of the teacher's own" in text

@@ -233,6 +233,7 @@ def _probe(config: Config, tokenizers: Tokenizers, prompts: Sequence[Prompt], sa
         torch.set_num_threads(config.training.threads)
     device, token_ids = models.resolve_device(config.training.device), [prompt.token_ids for prompt in prompts]
     student = models.load_student(config, device)
+    config = config.with_settings(**{"model.compile": False})  # would take minutes, for a few responses
     teacher, vocab_size = build_teacher(config, student, tokenizers[0], None, device=device)
     if isinstance(teacher, ServedTeacher):
         say("teacher's servers", "ok", f"model, tokens and {teacher.top_logprobs} candidates a token are as expected")
