@@ -52,7 +52,8 @@ def main() -> None:
     """See the module's text."""
     build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     extras = [word for extra in EXTRAS for word in ("--extra", extra)]
-    entries = resolve("pyproject.toml", "-", *extras, text="\n".join(build))
+    in_place = "editables"  # what hatchling asks for besides, where a package is installed in place
+    entries = resolve("pyproject.toml", "-", *extras, text="\n".join([*build, in_place]))
     entries += resolve("-", "--no-deps", text=WITHOUT_DEPENDENCIES)
     for name, what, lines in (
         (
