@@ -52,6 +52,8 @@ def watch(pid: int, log: Path, process: subprocess.Popen[bytes]) -> list[tuple[i
         try:
             step = sum(1 for _ in log.open("rb")) - 1 if log.exists() else 0  # the first line is step 0
             pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+            if pages == 0:  # it has ended, and nobody has waited for it yet
+                break
             samples.append((step, pages * 4096, len(list(Path(f"/proc/{pid}/fd").iterdir()))))
         except (OSError, IndexError):
             break
