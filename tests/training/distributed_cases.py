@@ -41,6 +41,9 @@ CASES = {
     "one-prompt-in-flight": IN_FLIGHT,
 }
 
+# What four processes may do otherwise than two: more uneven shares, more ranks without a rollout, weights cut finer.
+CASES_OF = {2: tuple(CASES), 4: ("in-flight", "tied", "one-prompt")}
+
 
 def run_case(name, world, parallel="ddp"):
     """Metrics of each step (rank 0), the last gradients, and the weights."""
@@ -119,7 +122,8 @@ def main(out: Path) -> None:
     torch.set_num_threads(1)
     with launched() as world:
         assert world != ALONE
-        found = {(name, parallel): run_case(name, world, parallel) for name in CASES for parallel in ("ddp", "fsdp2")}
+        names = CASES_OF[world.size]
+        found = {(name, parallel): run_case(name, world, parallel) for name in names for parallel in ("ddp", "fsdp2")}
         found["broken"] = {parallel: run_broken(world, parallel) for parallel in ("ddp", "fsdp2")}
         if world.rank == 0:
             torch.save(found, out)

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from prune_opd.config import load_config
 from prune_opd.training.trainer import Trainer
 from prune_opd.world import ALONE, World
-from tests.training.distributed_cases import CASES, run_case
+from tests.training.distributed_cases import CASES_OF, run_case
 from tests.training.test_trainer import SMALL
 
 ROOT = Path(__file__).parents[2]
@@ -58,9 +58,8 @@ def of_one(name: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("size", "name"), [(size, name) for size, names in CASES_OF.items() for name in names])
 def test_ranks_do_what_one_process_does(of_ranks, size, parallel, name):
     one, many = of_one(name), of_ranks(size)[name, parallel]
     for step, (alone, together) in enumerate(zip(one["steps"], many["steps"], strict=True)):
