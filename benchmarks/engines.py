@@ -8,6 +8,10 @@ student: ragged, where a filler word that it says now and then ends a rollout, s
 longest or less; and equal, where nothing ends one before its limit. Useful tokens over seconds. The first two engines
 also keep the top-k log-probs of every token, which the other two do not give; so they are timed with and without.
 
+A third load, refilling, asks what it costs the slot engine to give a slot to the next prompt: the ragged load with four
+times the requests, so that its end, where no prompt waits, weighs little, alternating with equal lengths at which a
+token attends to as many others on average.
+
 Two more arms show what an in-flight stop costs vLLM: looking every few tokens in order to abort (what
 sampling/vllm.py does), and asking for one chunk at a time with the prefix in its cache. Nothing is stopped in them.
 
@@ -45,6 +49,7 @@ from prune_opd.sampling.vllm import VLLMSampler
 from prune_opd.training.models import resolve_model
 
 MODEL, PAD = "embedded:low-student", 0
+LOADS = ["ragged", "equal", "refilling"]
 END = "well"  # a filler that the low student says once in 100 tokens or so: it ends the rollouts of the ragged load
 
 
@@ -58,7 +63,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0, help="of the first repeat; each has its own draws")
-    parser.add_argument("--loads", nargs="+", default=["ragged", "equal"], choices=["ragged", "equal"])
+    parser.add_argument("--loads", nargs="+", default=LOADS, choices=LOADS)
     parser.add_argument("--output", default=None)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -85,6 +90,10 @@ def main() -> None:
         title = f"{name}: at most {length} tokens, ended by {ends}"
         arms = engines(model, path, ends, length, prompts, arguments)
         results["loads"][name] = alternate(arms, arguments.repeats, title)
+    if "refilling" in arguments.loads:
+        many = [list(prompt.token_ids) for prompt in source.batch(0, 4 * arguments.requests)]
+        arms, title = refilling(model, end, many, arguments)
+        results["loads"]["refilling"] = alternate(arms, arguments.repeats, title)
     if arguments.output:
         with open(arguments.output, "w") as file:
             json.dump(results, file, indent=1)
@@ -195,6 +204,30 @@ def engines(
         "vLLM, top-k, watched (abort)": sampled(vllm, top_k, Looks(arguments.chunk)),
         "vLLM, top-k, chunked requests": chunked,
     }
+
+
+def refilling(
+    model: PreTrainedModel, end: int, prompts: Sequence[list[int]], arguments: argparse.Namespace
+) -> tuple[Mapping[str, Callable[[int], list[int]]], str]:
+    """The slot engine on ragged and on equal lengths of the same context, compiled and not; and what they are."""
+
+    def sampled(ends: list[int], length: int, compiled: bool) -> Callable[[int], list[int]]:
+        sampler = LocalSampler(model, pad_id=PAD, eos_ids=ends, slots=arguments.slots, compile=compiled)
+
+        def run(repeat: int) -> list[int]:
+            uniforms = rollout_uniforms(arguments.seed + repeat, 0, range(len(prompts)), length)
+            return sampler.sample(prompts, uniforms, top_k=arguments.top_k).lengths.tolist()
+
+        return run
+
+    lengths = sampled([end], arguments.longest, False)(0)
+    equal = round(sum(n * n for n in lengths) / sum(lengths))  # token t of n sees t others: n / 2 on average
+    arms = {
+        f"slot engine{', compiled' * compiled}, top-k, {name}": sampled(ends, length, compiled)
+        for compiled in (True, False)
+        for name, ends, length in (("ragged", [end], arguments.longest), ("equal", [], equal))
+    }
+    return arms, f"refilling: {len(prompts)} requests, ragged as above, equal of {equal} tokens"
 
 
 class Looks:
