@@ -101,6 +101,7 @@ def main() -> int:
     with (options.output_dir / "console.txt").open("wb") as console:
         process = subprocess.Popen(command, stdout=console, stderr=subprocess.STDOUT)
         samples = watch(process.pid, log, process)
+        process.wait()
     records = [r for line in log.read_text().splitlines() if (r := json.loads(line))["step"] > 0]
     memory, slow = memory_slope(samples), slow_steps(records)
     handles = [s[2] for s in samples if s[0] > WARM_UP]
