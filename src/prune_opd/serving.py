@@ -213,13 +213,17 @@ class Servers:
                 replica.suspect, replica.vouched = False, True
 
     def _confirm(self) -> None:
-        """Probe those whose answers count once more; one that does not answer now may have been restarted before."""
+        """Probe those whose answers count once more; one that does not answer now may have been restarted before.
+
+        What it said is void then, once: the others go on without it, and it is probed anew when it is back.
+        """
         for replica in self.replicas if self.probe is not None else ():
             if replica.vouched:
                 replica.suspect = True
                 try:
                     self._probe(replica)
                 except (BadAnswer, Unanswered):
+                    replica.vouched = False
                     self._voided += 1
 
 

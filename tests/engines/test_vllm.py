@@ -109,9 +109,9 @@ def served_sampler(student_url):
     return sampler
 
 
-@pytest.fixture(params=["engine", "server"])
+@pytest.fixture(params=["engine_sampler", "served_sampler"])
 def sampler(request):
-    return request.getfixturevalue(f"{'engine' if request.param == 'engine' else 'served'}_sampler")
+    return request.getfixturevalue(request.param)
 
 
 def with_own_weights(sampler):

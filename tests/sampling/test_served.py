@@ -232,12 +232,12 @@ FAULTS = {
 }
 
 
-def few_times(fault, times):
-    """The fault, at the first requests for tokens."""
+def few_times(fault, times, *, of_all=False):
+    """The fault, at the first requests for tokens, or of all kinds."""
     left = [times]
 
     def before(handler, body):
-        if "seed" not in (body or {}) or not left[0]:
+        if not (of_all or "seed" in (body or {})) or not left[0]:
             return False
         left[0] -= 1
         fault(handler, body)
@@ -285,6 +285,19 @@ def test_what_a_restarted_replica_said_is_sampled_anew(monkeypatch, silent):
         got = sampler.sample(PROMPTS, UNIFORMS, top_k=K)
         assert responses(got) == responses(want)
         assert_of(sampler.student, got)
+
+
+def test_a_replica_that_goes_away_for_good_is_done_without(monkeypatch):
+    monkeypatch.setattr("prune_opd.serving.FIRST_PAUSE", 0.01)
+
+    def away(handler, body):
+        handler.server.before = few_times(reset, 10**6, of_all=True)
+        handler.reply(*handler.server.answer(handler.path, body))
+
+    with served(2) as (sampler, (one, _)):
+        want = sampler.sample(PROMPTS, UNIFORMS, top_k=K)
+        one.before = few_times(away, 1)
+        assert responses(sampler.sample(PROMPTS, UNIFORMS, top_k=K)) == responses(want)
 
 
 def test_a_replica_that_is_restarted_again_and_again_is_an_error():
