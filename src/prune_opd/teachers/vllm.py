@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prune_opd.errors import ModelError, ServerError, TokenizerError
 from prune_opd.sampling.base import Span
+from prune_opd.sampling.weights import probe_ids
 from prune_opd.serving import BadAnswer, Replica, Servers, check_model
 from prune_opd.teachers.local import empty_scores
 from prune_opd.types import Packed, Rollouts, TeacherScores, TopK
@@ -40,7 +41,6 @@ GROWTH = 1.5
 """A rollout is scored again once it is this many times as long. The looks on the way read at most GROWTH / (GROWTH - 1)
 = 3 times its tokens and the last look reads them once more; a stop throws away at most half of what it keeps."""
 
-PROBE_TOKENS = 64
 PROBE_TOLERANCE = 0.05
 """Median difference of the probe's log-probabilities, in nats, from which on two servers serve different models. Noise
 of bfloat16 and of batching stays below it; two checkpoints of one family are further apart by an order of magnitude."""
@@ -157,7 +157,7 @@ class ServedTeacher:
 
     def _probe(self, replica: Replica) -> bool:
         """Score a fixed sequence and compare with what was seen first: another model behind the same name shows."""
-        ids = [i * self.vocab_size // PROBE_TOKENS for i in range(PROBE_TOKENS)]
+        ids = probe_ids(self.vocab_size)
         answer = self.servers.ask(replica, "POST", "/v1/completions", self._request(ids))
         found = self._read(answer, ids).sampled.tolist()
         if self.fingerprint is None:
