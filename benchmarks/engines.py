@@ -27,8 +27,10 @@ import json
 import platform
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -43,7 +45,7 @@ from transformers import (
 
 from prune_opd.config import DataSection
 from prune_opd.data.source import training_prompts
-from prune_opd.sampling.base import rollout_uniforms
+from prune_opd.sampling.base import Watcher, rollout_uniforms
 from prune_opd.sampling.local import LocalSampler
 from prune_opd.sampling.vllm import VLLMSampler
 from prune_opd.training.models import resolve_model
@@ -89,11 +91,11 @@ def main() -> None:
             continue
         title = f"{name}: at most {length} tokens, ended by {ends}"
         arms = engines(model, path, ends, length, prompts, arguments)
-        results["loads"][name] = alternate(arms, arguments.repeats, title)
+        results["loads"][name] = measure(arms, one_by_one, arguments.repeats, title)
     if "refilling" in arguments.loads:
         many = [list(prompt.token_ids) for prompt in source.batch(0, 4 * arguments.requests)]
         arms, title = refilling(model, end, many, arguments)
-        results["loads"]["refilling"] = alternate(arms, arguments.repeats, title)
+        results["loads"]["refilling"] = measure(arms, in_turns, arguments.repeats, title)
     if arguments.output:
         with open(arguments.output, "w") as file:
             json.dump(results, file, indent=1)
@@ -208,19 +210,19 @@ def engines(
 
 def refilling(
     model: PreTrainedModel, end: int, prompts: Sequence[list[int]], arguments: argparse.Namespace
-) -> tuple[Mapping[str, Callable[[int], list[int]]], str]:
+) -> tuple[Mapping[str, Callable[[int, Watcher], list[int]]], str]:
     """The slot engine on ragged and on equal lengths of the same context, compiled and not; and what they are."""
 
-    def sampled(ends: list[int], length: int, compiled: bool) -> Callable[[int], list[int]]:
+    def sampled(ends: list[int], length: int, compiled: bool) -> Callable[[int, Watcher], list[int]]:
         sampler = LocalSampler(model, pad_id=PAD, eos_ids=ends, slots=arguments.slots, compile=compiled)
 
-        def run(repeat: int) -> list[int]:
+        def run(repeat: int, watcher: Watcher) -> list[int]:
             uniforms = rollout_uniforms(arguments.seed + repeat, 0, range(len(prompts)), length)
-            return sampler.sample(prompts, uniforms, top_k=arguments.top_k).lengths.tolist()
+            return sampler.sample(prompts, uniforms, top_k=arguments.top_k, watcher=watcher).lengths.tolist()
 
         return run
 
-    lengths = sampled([end], arguments.longest, False)(0)
+    lengths = sampled([end], arguments.longest, False)(0, Looks(arguments.longest))
     equal = round(sum(n * n for n in lengths) / sum(lengths))  # token t of n sees t others: n / 2 on average
     arms = {
         f"slot engine{', compiled' * compiled}, top-k, {name}": sampled(ends, length, compiled)
@@ -240,15 +242,79 @@ class Looks:
         return {}
 
 
-def alternate(arms: Mapping[str, Callable[[int], list[int]]], repeats: int, title: str) -> dict[str, dict[str, Any]]:
-    """A B C A B C ..., after one warm-up of each; medians and ranges of tokens per second."""
+Run = tuple[list[int], float, float]  # lengths, seconds of CPU time, seconds by the clock
+
+
+def one_by_one(arms: Mapping[str, Callable[[int], list[int]]], repeat: int) -> Iterator[tuple[str, Run]]:
+    """A B C: each arm from its start to its end."""
+    for name, run in arms.items():
+        clock, cpu = time.perf_counter(), time.process_time()
+        said = run(repeat)
+        yield name, (said, time.process_time() - cpu, time.perf_counter() - clock)
+
+
+def in_turns(arms: Mapping[str, Callable[[int, Watcher], list[int]]], repeat: int) -> Iterator[tuple[str, Run]]:
+    """All arms at once, a tenth of a second each by turns, so that a machine whose speed changes changes all alike."""
+    runs: dict[str, Run] = {}
+    waiting: deque[Turn] = deque()
+    turns = [Turn(waiting) for _ in arms]
+
+    def whole(name: str, turn: Turn) -> None:
+        torch.set_num_threads(1)  # it holds for one thread of Python
+        turn.begin()
+        said = arms[name](repeat, turn)
+        turn.end()
+        runs[name] = said, turn.cpu, turn.clock
+
+    waiting.extend(turns)
+    threads = [threading.Thread(target=whole, args=pair) for pair in zip(arms, turns, strict=True)]
+    for thread in threads:
+        thread.start()
+    waiting.popleft().mine.release()
+    for thread in threads:
+        thread.join()
+    yield from ((name, runs[name]) for name in arms)
+
+
+class Turn:
+    """A watcher that stops nothing, and at each look lets those that wait decode as many steps."""
+
+    every = 16
+
+    def __init__(self, waiting: deque[Turn]) -> None:
+        self.waiting, self.mine = waiting, threading.Semaphore(0)
+        self.cpu = self.clock = 0.0
+
+    def begin(self) -> None:
+        """Wait for the turn."""
+        self.mine.acquire()
+        self.since = time.thread_time(), time.perf_counter()
+
+    def end(self) -> None:
+        """Leave it to the next."""
+        self.cpu += time.thread_time() - self.since[0]
+        self.clock += time.perf_counter() - self.since[1]
+        if self.waiting:
+            self.waiting.popleft().mine.release()
+
+    def watch(self, response_ids, student, spans) -> Mapping[int, int]:
+        self.waiting.append(self)
+        self.end()
+        self.begin()
+        return {}
+
+
+def measure(
+    arms: Mapping[str, Callable[..., list[int]]],
+    one_round: Callable[..., Iterator[tuple[str, Run]]],
+    repeats: int,
+    title: str,
+) -> dict[str, dict[str, Any]]:
+    """Rounds of all arms after one for warm-up; medians and ranges of tokens per second."""
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     lengths: dict[str, list[int]] = {name: [] for name in arms}
     for repeat in range(repeats + 1):
-        for name, run in arms.items():
-            clock, cpu = time.perf_counter(), time.process_time()
-            said = run(repeat)
-            clock, cpu = time.perf_counter() - clock, time.process_time() - cpu
+        for name, (said, cpu, clock) in one_round(arms, repeat):
             if repeat:
                 rates[name].append((sum(said) / cpu, sum(said) / clock))
                 lengths[name] += said

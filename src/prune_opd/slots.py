@@ -7,14 +7,74 @@ so what an earlier rollout left behind in a slot is never seen.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicLayer, PreTrainedModel
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicLayer, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from prune_opd.modeling import attention_mask
+
+ATTENTION = "prune_opd_slots"
+
+
+def slot_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    half: int | None = None,
+    rest: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What transformers' `sdpa` computes, with fewer keys and values read: (R, q, heads, head size), no gradient.
+
+    query (R, heads, q, head size) · key, value (R, shared heads, length, head size) · attention_mask (R, 1, q, length)
+    bool. Query heads that share a head of keys become further queries to it, where `sdpa` under a mask repeats keys and
+    values for each of them. half, rest: of the rows from `half` on only the first `rest` columns are read.
+    """
+    if attention_mask is None:  # not through `SlotCache.inputs`
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **others)
+    rows, heads, queries, _size = query.shape
+    sharing = heads // key.shape[1]
+    query = query.reshape(rows, key.shape[1], sharing * queries, -1)
+    if queries > 1 and sharing > 1:
+        attention_mask = attention_mask.repeat(1, 1, sharing, 1)
+    parts = [(slice(rows), slice(key.shape[2]))]
+    if rest is not None:
+        parts = [(slice(half), slice(key.shape[2])), (slice(half, rows), slice(rest))]
+    outputs = [
+        functional.scaled_dot_product_attention(
+            query[of], key[of, :, seen], value[of, :, seen], attn_mask=attention_mask[of, :, :, seen], scale=scaling
+        )
+        for of, seen in parts
+    ]
+    return torch.cat(outputs).view(rows, heads, queries, -1).transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, slot_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+@contextmanager
+def slots_attended(model: PreTrainedModel) -> Iterator[None]:
+    """Forwards of `model` through a SlotCache attend by `slot_attention`, where they would by `sdpa`."""
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    config._attn_implementation = ATTENTION if before == "sdpa" else before
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 class SlotLayer(DynamicLayer):
@@ -44,6 +104,7 @@ class SlotCache(Cache):
 
     def __init__(self, model: PreTrainedModel, *, slots: int, capacity: int) -> None:
         self.model, self.slots, self.capacity = model, slots, capacity
+        self.half = -(-slots // 2)
         self.rows = self.columns = torch.empty(0, dtype=torch.long)
         self.leading, self.length = True, 0
         super().__init__(layers=[SlotLayer(self) for _ in range(model.config.get_text_config().num_hidden_layers)])
@@ -54,12 +115,19 @@ class SlotCache(Cache):
         return not self.layers[0].buffers
 
     def inputs(
-        self, input_ids: Tensor, position_ids: Tensor, *, length: int, rows: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        *,
+        length: int,
+        rest: int | None = None,
+        rows: Tensor | None = None,
     ) -> dict[str, Any]:
         """Keyword arguments for the model's next forward.
 
-        input_ids, position_ids (R, q) int64; a negative position is padding. length: the largest position + 1. rows
-        (R,): the slots of these inputs; the first R when None, which spares a copy of their keys and values.
+        input_ids, position_ids (R, q) int64; a negative position is padding. length: the largest position + 1. rest:
+        that of the slots from `half` on, if less should be read of them. rows (R,): the slots of these inputs; the
+        first R when None, which spares a copy of their keys and values.
         """
         self.leading, self.length = rows is None, length
         self.rows = torch.arange(len(input_ids), device=input_ids.device) if rows is None else rows
@@ -70,6 +138,8 @@ class SlotCache(Cache):
             "position_ids": position_ids.clamp(min=0),
             "attention_mask": attention_mask(self.model, distance >= 0, distance),
             "past_key_values": self,
+            "half": self.half,
+            "rest": rest,
         }
 
     def copy_rows(self, source: SlotCache, source_rows: Tensor, rows: Tensor, length: int) -> None:

@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 from prune_opd.core.head import OutputHead
 from prune_opd.modeling import compiled, hidden_states, output_head
 from prune_opd.sampling.base import Span, Watcher
-from prune_opd.slots import SlotCache
+from prune_opd.slots import SlotCache, slots_attended
 from prune_opd.types import Rollouts, TopK
+
+SHORTER = 0.75  # of the longest context: as far as this the second half of the slots is read by itself
 
 
 def draw(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float) -> Tensor:
@@ -54,6 +56,7 @@ def decode(
     last_token: Tensor,
     context: Tensor,
     length: int,
+    rest: int | None,
     uniforms: Tensor,
     *,
     vocab_size: int | None,
@@ -63,10 +66,12 @@ def decode(
 ) -> Decoded:
     """The next token of the first R slots, and what the student thought of it: no word to the host, so it compiles.
 
-    last_token (R,) int64 stands at position context (R,) int64 of its slot; length: the largest of them + 1. uniforms
-    (R,) float64 as in `draw`. Log-probs and entropies are of temperature 1, float32, over the first `vocab_size` ids.
+    last_token (R,) int64 stands at position context (R,) int64 of its slot; length and rest as in `SlotCache.inputs`;
+    uniforms (R,) float64 as in `draw`. Log-probs and entropies are of temperature 1, float32, over the first
+    `vocab_size` ids.
     """
-    hidden = hidden_states(model, cache.inputs(last_token[:, None], context[:, None], length=length))
+    inputs = cache.inputs(last_token[:, None], context[:, None], length=length, rest=rest)
+    hidden = hidden_states(model, inputs)
     logits = head.logits(hidden[:, -1])[:, :vocab_size]
     ids = draw(logits, uniforms, temperature=temperature, top_p=top_p)
     if top_k == 0:
@@ -117,7 +122,7 @@ class LocalSampler:
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), slots_attended(self.model):
                 decode = _Decode(self, prompts, uniforms, temperature, top_p, top_k, watcher)
                 decode.run()
         finally:
@@ -232,7 +237,11 @@ class _Decode:
     def _seat_tensors(self) -> None:
         """What the device must know of the slots: rollout, next response position, context position, last token."""
         said = [self.lengths[b] for b in self.seats]
-        self.longest = max(len(self.prompts[b]) + n for b, n in zip(self.seats, said, strict=True))
+        contexts = [self._context(b) for b in self.seats]
+        self.longest, self.rest = max(contexts), None
+        shorter = contexts[self.cache.half :]
+        if len(shorter) > 1 and max(shorter) < SHORTER * self.longest:
+            self.rest = max(shorter)
         self.seated = torch.tensor(self.seats, device=self.device)
         self.position = torch.tensor(said, device=self.device)
         starts = torch.tensor([len(self.prompts[b]) - 1 for b in self.seats], device=self.device)
@@ -242,17 +251,31 @@ class _Decode:
         self.last_token = torch.where(self.position > 0, spoken, prompt_ends)
 
     def _free(self, leaving: Sequence[int]) -> None:
-        """Empty these slots; the last slots in use move into the gaps unless waiting prompts will fill them."""
+        """Empty these slots. The last slot in use moves into a gap, and into one of the first half the longest rollout.
+
+        So the slots in use remain the first ones, and the longest rollouts among themselves.
+        """
         if not leaving:
             return
         self.last_token = None
-        for slot in sorted(leaving, reverse=True):
-            end = len(self.seats) - 1
-            if slot != end:
-                rows = torch.tensor([[end], [slot]], device=self.device)
-                self.cache.copy_rows(self.cache, rows[0], rows[1], len(self.prompts[self.seats[end]]) + self.cap)
-                self.seats[slot] = self.seats[end]
-            self.seats.pop()
+        half = self.cache.half
+        came_from = list(range(len(self.seats)))
+        for gap in sorted(leaving, reverse=True):
+            if gap < half < len(self.seats):
+                longest = max(range(half, len(self.seats)), key=lambda slot: self._context(self.seats[slot]))
+                self.seats[gap], came_from[gap] = self.seats[longest], came_from[longest]
+                gap = longest
+            end = self.seats.pop(), came_from.pop()
+            if gap < len(self.seats):
+                self.seats[gap], came_from[gap] = end
+        moved = [(slot, before) for slot, before in enumerate(came_from) if slot != before]
+        if moved:
+            slots, before = torch.tensor(moved, device=self.device).unbind(-1)
+            self.cache.copy_rows(self.cache, before, slots, max(self._context(self.seats[slot]) for slot, _ in moved))
+
+    def _context(self, rollout: int) -> int:
+        """Tokens of the prompt and of what was said so far."""
+        return len(self.prompts[rollout]) + self.lengths[rollout]
 
     # ---- tokens ----
 
@@ -269,6 +292,7 @@ class _Decode:
                 self.last_token,
                 self.context,
                 self.longest,
+                self.rest,
                 self.uniforms[where],
                 vocab_size=self.sampler.vocab_size,
                 temperature=self.temperature,
@@ -283,7 +307,8 @@ class _Decode:
                 self.student.entropy[where] = token.topk.entropy
                 if self.sampled_logprobs is not None:
                     self.sampled_logprobs[where] = token.logprobs
-            self.position, self.context, self.longest = self.position + 1, self.context + 1, self.longest + 1
+            self.position, self.context = self.position + 1, self.context + 1
+            self.longest, self.rest = self.longest + 1, None if self.rest is None else self.rest + 1
         self.slot_steps += stride * len(self.seats)
 
     def _take_ends(self, stride: int) -> list[int]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from prune_opd.core.head import head_statistics
 from prune_opd.modeling import compiled, hidden_states, output_head, packed_inputs
 from prune_opd.sampling.base import Span
-from prune_opd.slots import SlotCache
+from prune_opd.slots import SlotCache, slots_attended
 from prune_opd.types import Packed, Rollouts, TeacherScores, TopK, pack
 
 
@@ -154,7 +154,8 @@ class LocalStream:
         ]
         row, column, rollout, position = torch.tensor(new, device=device).unbind(-1)
         forward = hidden_states if self.cache.empty else self.teacher.hidden_states
-        hidden = forward(self.teacher.model, inputs)[row, column]
+        with slots_attended(self.teacher.model):
+            hidden = forward(self.teacher.model, inputs)[row, column]
         self.teacher.write(scores, hidden, rollout, position, response_ids, student)
 
 
