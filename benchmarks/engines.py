@@ -8,9 +8,9 @@ student: ragged, where a filler word that it says now and then ends a rollout, s
 longest or less; and equal, where nothing ends one before its limit. Useful tokens over seconds. The first two engines
 also keep the top-k log-probs of every token, which the other two do not give; so they are timed with and without.
 
-A third load, refilling, asks what it costs the slot engine to give a slot to the next prompt: the ragged load with four
-times the requests, so that its end, where no prompt waits, weighs little, alternating with equal lengths at which a
-token attends to as many others on average.
+A third load, refilling, asks what it costs the slot engine to give a slot to the next prompt: the ragged load with
+eight times the requests, so that its end, where no prompt waits, weighs little, against equal lengths at which a token
+attends to as many others on average. Its arms take turns of 16 decode steps, for a comparison of a few per cent.
 
 Two more arms show what an in-flight stop costs vLLM: looking every few tokens in order to abort (what
 sampling/vllm.py does), and asking for one chunk at a time with the prefix in its cache. Nothing is stopped in them.
@@ -93,7 +93,7 @@ def main() -> None:
         arms = engines(model, path, ends, length, prompts, arguments)
         results["loads"][name] = measure(arms, one_by_one, arguments.repeats, title)
     if "refilling" in arguments.loads:
-        many = [list(prompt.token_ids) for prompt in source.batch(0, 4 * arguments.requests)]
+        many = [list(prompt.token_ids) for prompt in source.batch(0, 8 * arguments.requests)]
         arms, title = refilling(model, end, many, arguments)
         results["loads"]["refilling"] = measure(arms, in_turns, arguments.repeats, title)
     if arguments.output:

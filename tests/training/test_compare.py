@@ -95,6 +95,9 @@ def test_a_comparison_writes_what_it_promises(finished):
     assert all(arm["seeds"] == [1, 2] for arm in written["arms"])
     by_arm = {arm["arm"]: arm for arm in written["arms"]}
     assert len({arm["runs"][0]["evaluations"][0]["accuracy"] for arm in written["arms"]}) == 1, "the same start"
+    starts = [json.loads(path.read_text().splitlines()[0]) for path in folder.glob("*/metrics.jsonl")]
+    assert len({json.dumps(start["eval/per_problem"]) for start in starts}) == 1 and len(starts) == 10
+    assert sum(start["time/eval"] > 0 for start in starts) == 1, "evaluated more than once"
     assert by_arm["prune"]["student_tokens"]["mean"] < by_arm["opd"]["student_tokens"]["mean"]
     assert by_arm["opd"]["train_seconds"]["mean"] > 0 and by_arm["opd"]["eval_seconds"]["mean"] > 0
     tokens = by_arm["prune"]["difference"]["student_tokens"]["mean"]

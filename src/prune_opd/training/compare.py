@@ -13,6 +13,7 @@ from rich.console import Console
 
 from prune_opd.config import Config
 from prune_opd.errors import ConfigError, RunDirectoryError, RunInterrupted
+from prune_opd.report.logs import read_lines
 from prune_opd.training.arms import (
     FOLLOW_REFERENCE,
     FOLLOWED,
@@ -40,7 +41,7 @@ def compare(
     """Train every arm with every seed; returns and writes what `compare.json` holds, and compare.csv and the plot.
 
     Runs go one after the other, arms alternating within a seed, so that a machine that slows down slows all of them;
-    arms that follow another run after it.
+    arms that follow another run after it. They begin with the same student, which is evaluated once, by the first.
     `reference`: a finished run with a window, or the output of another comparison with arm prune, for the arms that
     follow one; else they follow arm prune of this comparison. `output_dir` must be new unless `resume`: then finished
     runs are kept and the others go on from their last checkpoint. `parallel`: runs at the same time, each in a process
@@ -94,12 +95,14 @@ def _all_runs(
         return arm_config(config, arm, seed, followed), _run_dir(output_dir, arm, seed), seed, resume
 
     if parallel == 1:
+        start: dict[str, Any] | None = None
         for i, (seed, arm) in enumerate(((seed, arm) for seed in seeds for arm in run_order(arms)), start=1):
             console.rule(f"arm {arm}, seed {seed} ({i} of {count})")
             arguments = prepared(arm, seed)
             if lengths := arguments[0].control.lengths:
                 console.print(f"lengths: {lengths[0]} at first, {lengths[-1]} at the end", highlight=False)
-            yield arm, _run(*arguments, console)
+            yield arm, _run(*arguments, console, start)
+            start = start or next(read_lines(arguments[1] / "metrics.jsonl"))
         return
 
     waves = [arm for arm in arms if arm not in FOLLOW_REFERENCE], [arm for arm in arms if arm in FOLLOW_REFERENCE]
@@ -114,10 +117,17 @@ def _all_runs(
                 yield arm, record
 
 
-def _run(config: Config, run_dir: Path, seed: int, resume: bool, console: Console | None = None) -> dict[str, Any]:
+def _run(
+    config: Config,
+    run_dir: Path,
+    seed: int,
+    resume: bool,
+    console: Console | None = None,
+    start: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     trainer = Trainer(config, run_dir, resume="auto" if resume else "never", console=console or Console(quiet=True))
     try:
-        totals = trainer.train()
+        totals = trainer.train(start=start)
     except RunInterrupted as error:  # its own advice is for a run that `train` began
         raise RunInterrupted(
             f"{str(error).split(';')[0]}; go on with the same command, with --resume and --output-dir {run_dir.parent}"

@@ -205,9 +205,11 @@ class Trainer:
         )
         return found
 
-    def train(self) -> Totals:
+    def train(self, *, start: dict[str, Any] | None = None) -> Totals:
         """Run the remaining steps; returns the totals of the whole run.
 
+        start: the record of step 0 of a run that began with the same student and evaluates it in the same way, which
+        then is not done again.
         Raises RunInterrupted after SIGTERM or SIGINT, everything being saved, and StorageError when the disk fails.
         """
         with storage_errors(self.run_dir):
@@ -217,7 +219,7 @@ class Trainer:
             if writes:
                 self._begin()
             self.world.gather(None)  # the directory is as the run needs it
-            self._run(signals)
+            self._run(signals, start)
         return self.totals
 
     def _begin(self) -> None:
@@ -237,11 +239,14 @@ class Trainer:
         remember_teacher(self.teacher, self.run_dir)
         self.trackers = start_trackers(self.config.tracking.report_to, self.run_dir, self.config.model_dump())
 
-    def _run(self, signals: StopSignals) -> None:
+    def _run(self, signals: StopSignals, start: dict[str, Any] | None) -> None:
         training, evaluation = self.config.training, self.config.evaluation
         self._show_example()
         if self.unlogged is not None:
             self._evaluate_and_log(self.unlogged, signals)
+        elif start is not None and self.steps_done == 0:
+            self.console.print(f"  step 0: held-out accuracy {start['eval/accuracy']:.3f}, as measured before")
+            self._log(start | {"time/eval": 0.0})
         elif self.eval_prompts and self.steps_done == 0:
             self._evaluate_and_log({"step": 0}, signals)
         with step_view(self.console, self._logged_steps()) as show:
