@@ -160,6 +160,7 @@ class _Decode:
         self.generated = self.slot_steps = 0
 
         slots = min(sampler.slots, batch)
+        self.refills = batch > slots  # else all are about as long, and compiled code need not know the other case
         capacity = max(map(len, prompts), default=0) + self.cap
         self.cache = SlotCache(model, slots=slots, capacity=capacity)
         self.waiting = list(range(batch))[::-1]
@@ -240,7 +241,7 @@ class _Decode:
         contexts = [self._context(b) for b in self.seats]
         self.longest, self.rest = max(contexts), None
         shorter = contexts[self.cache.half :]
-        if len(shorter) > 1 and max(shorter) < SHORTER * self.longest:
+        if self.refills and len(shorter) > 1 and max(shorter) < SHORTER * self.longest:
             self.rest = max(shorter)
         self.seated = torch.tensor(self.seats, device=self.device)
         self.position = torch.tensor(said, device=self.device)

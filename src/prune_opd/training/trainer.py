@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import platform
 import random
@@ -219,7 +220,14 @@ class Trainer:
             if writes:
                 self._begin()
             self.world.gather(None)  # the directory is as the run needs it
-            self._run(signals, start)
+            # Python collects cycles of old objects only when a quarter as many as there are have been added. There are
+            # half a million from the imports, so what steps leave behind would lie around for hundreds of them.
+            gc.collect()
+            gc.freeze()
+            try:
+                self._run(signals, start)
+            finally:
+                gc.unfreeze()
         return self.totals
 
     def _begin(self) -> None:
