@@ -69,6 +69,15 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     return runs
 
 
+def read_settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What config.json and env.json of a run directory say, without secrets; {} for no env.json. Raises RunLogError."""
+    env = path / "env.json"
+    return (
+        without_secrets(_read_json(path / "config.json")),
+        without_secrets(_read_json(env)) if env.is_file() else {},
+    )
+
+
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSON Lines file that may still be written: a last line without its end is left out."""
     with path.open(encoding="utf-8") as file:
@@ -101,7 +110,7 @@ def _read_run(path: Path, arm_names: dict[str, str]) -> Run:
     path = path.resolve()
     found = re.fullmatch(r"(.+)-seed\d+", path.name)
     arm = found[1] if found else path.name
-    config = without_secrets(_read_json(path / "config.json"))
+    config, env = read_settings(path)
     lines = list(read_lines(path / "metrics.jsonl")) if (path / "metrics.jsonl").is_file() else []
     return Run(
         path=path,
@@ -109,7 +118,7 @@ def _read_run(path: Path, arm_names: dict[str, str]) -> Run:
         arm=arm_names.get(arm, arm),
         seed=config["training"]["seed"],
         config=config,
-        env=without_secrets(_read_json(path / "env.json")) if (path / "env.json").is_file() else {},
+        env=env,
         steps=[line for line in lines if trained(line)],
         evaluations=[line for line in lines if "eval/accuracy" in line],
     )

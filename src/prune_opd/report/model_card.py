@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 
 from prune_opd.errors import HubError
-from prune_opd.report.logs import PHASES, Run, read_runs
+from prune_opd.report.logs import PHASES, read_lines, read_settings, trained
 from prune_opd.report.report import duration, percent
 from prune_opd.training.checkpoint import MANIFEST, STATE
 
+SUMMED = ("tokens/saved", "time/total", *PHASES.values(), *(f"time/{phase}" for phase in PHASES))
 TRAINING_STATE = ["optimizer.pt", STATE, MANIFEST]  # of a checkpoint; nobody who loads the model needs it
 
 
@@ -26,21 +28,29 @@ def model_card(run_dir: Path) -> ModelCard:
     Base model and data set become metadata where they are Hub ids, which a folder or `embedded:` is not. Secrets are
     blotted out (report/logs.py). Raises RunLogError.
     """
-    (run,) = read_runs([run_dir])
-    config = run.config
-    steps, evaluations = run.steps, run.evaluations
+    config, env = read_settings(run_dir)
+    # Line by line, for a card is made at every checkpoint, and the log of a long run is longer than anything else here.
+    steps, sums, evaluations = 0, Counter[str](), []
+    for record in read_lines(run_dir / "metrics.jsonl") if (run_dir / "metrics.jsonl").is_file() else ():
+        if trained(record):
+            steps += 1
+            sums.update({key: record.get(key, 0) for key in SUMMED})
+        if "eval/accuracy" in record:
+            evaluations.append(
+                {key: value for key, value in record.items() if key == "step" or key.startswith("eval/")}
+            )
     model, data, rollout, training = (config[name] for name in ("model", "data", "rollout", "training"))
     student, teacher = model["model_name_or_path"], model["teacher_model_name_or_path"]
     name = f"{student.rstrip('/').split('/')[-1].removeprefix('embedded:')}-prune-opd"
-    saved, made = (sum(record[f"tokens/{key}"] for record in steps) for key in ("saved", "generated"))
+    saved, made = sums["tokens/saved"], sums["tokens/generated"]
     card = ModelCard.from_template(
-        card_data=_metadata(run, name),
+        card_data=_metadata(config, evaluations, name),
         template_str=(files("prune_opd.report") / "templates" / "model_card.md.j2").read_text("utf-8"),
         title=name,
         student=_named(student),
         teacher=_named(teacher),
-        done=len(steps),
-        planned=run.planned,
+        done=steps,
+        planned=training["steps"],
         pruning=config["pruning"],
         data=f"{_named(data['train'])}, {rollout['prompts_per_step']} prompts × {rollout['num_generations']} rollouts "
         "a step",
@@ -50,7 +60,7 @@ def model_card(run_dir: Path) -> ModelCard:
         objective=f"{config['objective']['loss']}, top-{config['objective']['top_k']}"
         + (f", γ = {config['pruning']['threshold']:g}" if config["pruning"]["enable"] else ""),
         optimiser=f"AdamW at {training['learning_rate']:g}, {training['lr_scheduler_type']}",
-        seed=run.seed,
+        seed=training["seed"],
         scores=[
             {
                 "step": e["step"],
@@ -62,15 +72,12 @@ def model_card(run_dir: Path) -> ModelCard:
             for e in evaluations
         ],
         evaluation=_evaluation(config["evaluation"]),
-        cost=[
-            (phase, duration(sum(r.get(f"time/{phase}", 0) for r in steps)), f"{sum(r[key] for r in steps):,}")
-            for phase, key in PHASES.items()
-        ]
-        + [("all of training", duration(sum(r["time/total"] for r in steps)), "")],
+        cost=[(phase, duration(sums[f"time/{phase}"]), f"{sums[key]:,}") for phase, key in PHASES.items()]
+        + [("all of training", duration(sums["time/total"]), "")],
         saved=f"At most {saved / max(saved + made, 1):.0%} of the tokens were not generated ({saved:,} of "
         f"{saved + made:,}).",
-        command=run.env.get("command"),
-        versions=", ".join(f"{key} {value}" for key, value in run.env.items() if key != "command"),
+        command=env.get("command"),
+        versions=", ".join(f"{key} {value}" for key, value in env.items() if key != "command"),
         settings=json.dumps(config, indent=1, ensure_ascii=False),
     )
     return card
@@ -110,9 +117,9 @@ def push(checkpoint: Path, repo: str) -> str:
     return f"{HfApi().endpoint}/{repo}"
 
 
-def _metadata(run: Run, name: str) -> ModelCardData:
-    model, data, settings = run.config["model"], run.config["data"]["train"], run.config["evaluation"]
-    last = run.evaluations[-1] if run.evaluations else None
+def _metadata(config: dict[str, Any], evaluations: list[dict[str, Any]], name: str) -> ModelCardData:
+    model, data, settings = config["model"], config["data"]["train"], config["evaluation"]
+    last = evaluations[-1] if evaluations else None
     results = (
         [
             EvalResult(
@@ -120,7 +127,7 @@ def _metadata(run: Run, name: str) -> ModelCardData:
                 dataset_type=settings["data"] if _is_hub_id(settings["data"]) else "held-out",
                 dataset_name=f"{settings['data']}, {len(last['eval/per_problem'])} problems",
                 metric_type="accuracy",
-                metric_name=f"Avg@{settings['k']} after step {last['step']} of {run.planned}",
+                metric_name=f"Avg@{settings['k']} after step {last['step']} of {config['training']['steps']}",
                 metric_value=last["eval/accuracy"],
             )
         ]

@@ -1,0 +1,86 @@
+"""Milliseconds of a decode step with the slots' attention and with transformers' `sdpa`, where heads share keys.
+
+    python benchmarks/decode_attention.py
+
+A model in the shape of SmolLM2-135M with random weights in float32: 30 layers, nine query heads on three heads of keys.
+16 rows decode one token each, all at the same context, through the same cache; the two alternate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from prune_opd.modeling import output_head
+from prune_opd.sampling.local import decode
+from prune_opd.slots import ATTENTION, SlotCache
+
+SMOLLM2_135M = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    max_position_embeddings=2048,
+    tie_word_embeddings=True,
+)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 512, 1024])
+    parser.add_argument("--repeats", type=int, default=7, help="of three steps each")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(SMOLLM2_135M).eval()
+    head = output_head(model)
+    rows = arguments.rows
+    cache = SlotCache(model, slots=rows, capacity=max(arguments.contexts))
+    tokens, uniforms = torch.full((rows,), 5), torch.full((rows,), 0.5, dtype=torch.float64)
+
+    def milliseconds(attention: str, context: int) -> float:
+        model.config._attn_implementation = attention
+        began = time.perf_counter()
+        for _ in range(3):
+            decode(
+                model,
+                head,
+                cache,
+                tokens,
+                torch.full((rows,), context - 1),
+                context,
+                None,
+                uniforms,
+                vocab_size=None,
+                temperature=1.0,
+                top_p=1.0,
+                top_k=8,
+            )
+        return (time.perf_counter() - began) / 3 * 1e3
+
+    print(
+        f"torch {torch.__version__}, one thread, {rows} rows; medians of {arguments.repeats}, ms a decode step (range)"
+    )
+    for context in arguments.contexts:
+        taken: dict[str, list[float]] = {"sdpa": [], ATTENTION: []}
+        for repeat in range(arguments.repeats + 1):
+            for attention, found in taken.items():
+                found += [milliseconds(attention, context)][: repeat > 0]  # the first is warm-up
+        columns = "   ".join(
+            f"{name} {statistics.median(found):.0f} ({min(found):.0f}-{max(found):.0f})"
+            for name, found in taken.items()
+        )
+        ratio = statistics.median(a / b for a, b in zip(*taken.values(), strict=True))
+        print(f"context {context:5}: {columns}   ratio {ratio:.2f}")
+
+
+if __name__ == "__main__":
+    main()
