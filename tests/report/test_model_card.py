@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import tracemalloc
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -193,3 +194,20 @@ def test_names_of_the_hub_become_metadata_and_links(run):
     assert "1 of 2 steps" in card.text and "Not evaluated yet" in card.text and card.data.eval_results is None
     assert "At most 50% of the tokens were not generated (100 of 200)" in card.text
     assert ModelCard(str(card)).data.to_dict() == card.data.to_dict(), "the metadata is valid YAML"
+
+
+def test_a_long_log_takes_no_more_memory_than_a_short_one(run):
+    """It is read at every checkpoint: kept whole, the log of a long run grew until it was the run's largest object."""
+    log = run / "metrics.jsonl"
+    step = log.read_text()
+
+    def peak(steps: int) -> int:
+        log.write_text(step * steps)
+        tracemalloc.start()
+        assert f"{steps} of 2 steps" in model_card(run).text
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    peak(10)
+    assert peak(5000) < peak(50) + 100_000
