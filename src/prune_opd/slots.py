@@ -2,7 +2,8 @@
 
 Keys and values lie in buffers that are allocated once; column j of a row is the token at position j of its rollout. A
 forward writes its tokens where `SlotCache.inputs` says, and sees of each row what lies at or before its own position,
-so what an earlier rollout left behind in a slot is never seen.
+so what an earlier rollout left behind in a slot is never seen. `slot_attention` reads no key twice, and of the second
+half of the slots no more than it is told to.
 """
 
 from __future__ import annotations
