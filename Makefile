@@ -74,7 +74,7 @@ docs: setup  ## write docs/configuration.md from the settings
 bench: setup-trl  ## time one OPD step against TRL
 	$(BIN)/python benchmarks/step_time.py
 
-soak: setup  ## 1,000 steps on the smallest pair: memory, file handles, slow steps (about 10 minutes)
+soak: setup  ## 2,000 steps on the smallest pair: memory, file handles, slow steps (about 10 minutes)
 	$(BIN)/python benchmarks/soak.py
 
 kill: setup  ## kill a run at 200 moments, resume, compare bit for bit (about 15 minutes)

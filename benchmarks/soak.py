@@ -1,6 +1,6 @@
-"""A thousand steps on the smallest pair: does memory grow, do file handles, is a step slow without a logged cause?
+"""Two thousand steps on the smallest pair: does memory grow, do file handles, is a step slow without a logged cause?
 
-    python benchmarks/soak.py [--steps 1000]        (or make soak)
+    python benchmarks/soak.py [--steps 2000]        (or make soak)
 
 Runs `prune-opd train` as a process of its own and looks at it from outside, through /proc, every half second. Writes
 soak.json in the output directory and exits with 1 when a promise of docs/reliability.md does not hold:
@@ -90,7 +90,7 @@ def slow_steps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> int:
     """See the module's text."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--output-dir", type=Path, default=Path("runs") / time.strftime("soak-%Y%m%d-%H%M%S"))
     options = parser.parse_args()
     command = [sys.executable, "-c", "from prune_opd.cli import main; main()", "train", str(RECIPE)]
