@@ -31,6 +31,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -45,7 +46,7 @@ from transformers import (
 
 from prune_opd.config import DataSection
 from prune_opd.data.source import training_prompts
-from prune_opd.sampling.base import Watcher, rollout_uniforms
+from prune_opd.sampling.base import Sampler, Watcher, rollout_uniforms
 from prune_opd.sampling.local import LocalSampler
 from prune_opd.sampling.vllm import VLLMSampler
 from prune_opd.training.models import resolve_model
@@ -140,12 +141,8 @@ def engines(
         pad_token_id=PAD,
     )
 
-    def sampled(sampler, kept: int, watcher=None) -> Callable[[int], list[int]]:
-        def run(repeat: int) -> list[int]:
-            uniforms = rollout_uniforms(arguments.seed + repeat, 0, range(batch), length)
-            return sampler.sample(prompts, uniforms, top_k=kept, watcher=watcher).lengths.tolist()
-
-        return run
+    def sampled(sampler: Sampler, kept: int, watcher: Watcher | None = None) -> Callable[[int], list[int]]:
+        return partial(sample, sampler, prompts, length, kept, arguments.seed, watcher=watcher)
 
     def padded(repeat: int) -> list[int]:
         torch.manual_seed(arguments.seed + repeat)
@@ -208,6 +205,20 @@ def engines(
     }
 
 
+def sample(
+    sampler: Sampler,
+    prompts: Sequence[list[int]],
+    length: int,
+    top_k: int,
+    seed: int,
+    repeat: int,
+    watcher: Watcher | None = None,
+) -> list[int]:
+    """The lengths of one response to each prompt, by the draws of a repeat."""
+    uniforms = rollout_uniforms(seed + repeat, 0, range(len(prompts)), length)
+    return sampler.sample(prompts, uniforms, top_k=top_k, watcher=watcher).lengths.tolist()
+
+
 def refilling(
     model: PreTrainedModel, end: int, prompts: Sequence[list[int]], arguments: argparse.Namespace
 ) -> tuple[Mapping[str, Callable[[int, Watcher], list[int]]], str]:
@@ -215,12 +226,7 @@ def refilling(
 
     def sampled(ends: list[int], length: int, compiled: bool) -> Callable[[int, Watcher], list[int]]:
         sampler = LocalSampler(model, pad_id=PAD, eos_ids=ends, slots=arguments.slots, compile=compiled)
-
-        def run(repeat: int, watcher: Watcher) -> list[int]:
-            uniforms = rollout_uniforms(arguments.seed + repeat, 0, range(len(prompts)), length)
-            return sampler.sample(prompts, uniforms, top_k=arguments.top_k, watcher=watcher).lengths.tolist()
-
-        return run
+        return partial(sample, sampler, prompts, length, arguments.top_k, arguments.seed)
 
     lengths = sampled([end], arguments.longest, False)(0, Looks(arguments.longest))
     equal = round(sum(n * n for n in lengths) / sum(lengths))  # token t of n sees t others: n / 2 on average

@@ -19,9 +19,7 @@ from prune_opd.modeling import check_compiler
 
 RECIPE = {"model": {"model_name_or_path": "a", "teacher_model_name_or_path": "b"}, "data": {"train": "task:chain_sum"}}
 STEPS, SLOTS = 3, 4
-GRAPHS = (
-    6  # decoding, all slots alike or not; the teacher reading on, and whole; the update of several rows, and of one
-)
+GRAPHS = 6  # decoding, slots alike or not; the teacher reading on, and whole; the update of several rows, and of one
 
 
 def steps(*, compile: bool) -> list[dict[str, float]]:

@@ -78,6 +78,12 @@ def read_settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     )
 
 
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a run directory's metrics.jsonl so far; none where it has not been written yet."""
+    log = path / "metrics.jsonl"
+    yield from read_lines(log) if log.is_file() else ()
+
+
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSON Lines file that may still be written: a last line without its end is left out."""
     with path.open(encoding="utf-8") as file:
@@ -111,7 +117,7 @@ def _read_run(path: Path, arm_names: dict[str, str]) -> Run:
     found = re.fullmatch(r"(.+)-seed\d+", path.name)
     arm = found[1] if found else path.name
     config, env = read_settings(path)
-    lines = list(read_lines(path / "metrics.jsonl")) if (path / "metrics.jsonl").is_file() else []
+    lines = list(read_metrics(path))
     return Run(
         path=path,
         name=path.name,

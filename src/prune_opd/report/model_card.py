@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 
 from prune_opd.errors import HubError
-from prune_opd.report.logs import PHASES, read_lines, read_settings, trained
+from prune_opd.report.logs import PHASES, read_metrics, read_settings, trained
 from prune_opd.report.report import duration, percent
 from prune_opd.training.checkpoint import MANIFEST, STATE
 
@@ -31,7 +31,7 @@ def model_card(run_dir: Path) -> ModelCard:
     config, env = read_settings(run_dir)
     # Line by line, for a card is made at every checkpoint, and the log of a long run is longer than anything else here.
     steps, sums, evaluations = 0, Counter[str](), []
-    for record in read_lines(run_dir / "metrics.jsonl") if (run_dir / "metrics.jsonl").is_file() else ():
+    for record in read_metrics(run_dir):
         if trained(record):
             steps += 1
             sums.update({key: record.get(key, 0) for key in SUMMED})
