@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import (
     Gemma2Config,
@@ -28,7 +30,7 @@ FAMILIES = {
 }
 
 
-def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
+def tiny_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """Two layers, grouped keys, logits spread widely enough that sampling is no coin toss."""
     config, model, extra = FAMILIES[family]
     torch.manual_seed(seed)
@@ -45,7 +47,7 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
             eos_token_id=EOS,
             bos_token_id=None,
             initializer_range=0.3,
-            **extra,
+            **(extra | changes),
         )
     ).eval()
 

@@ -8,11 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prune_opd import slots
-from prune_opd.modeling import output_head
+from prune_opd.modeling import attended_by, output_head
 from prune_opd.sampling.base import rollout_uniforms
 from prune_opd.sampling.local import LocalSampler
-from prune_opd.slots import ATTENTION, slot_attention, slots_attended
+from prune_opd.slots import SLOT_ATTENTION, slot_attention
 from tests.families import PAD, tiny_model, tiny_prompts
+
+
+def defined_attention(query, key, value, visible, scale):
+    """softmax over the visible columns: (R, q, heads, size); keys and values repeated for the heads that share them."""
+    sharing = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(sharing, dim=1) for states in (key, value))
+    scores = (scale * torch.einsum("bhqd,bhkd->bhqk", query, key)).masked_fill(~visible, -torch.inf)
+    return torch.einsum("bhqk,bhkd->bqhd", scores.softmax(-1), value)
 
 
 @given(
@@ -25,7 +33,7 @@ from tests.families import PAD, tiny_model, tiny_prompts
     seed=st.integers(0, 2**16),
 )
 def test_attention_is_its_definition(rows, shared, sharing, queries, length, cut, seed):
-    """A softmax over the visible columns, with keys and values repeated for the heads that share them, in float64."""
+    """In float64, for any number of queries and heads, and with a second half that is read less far."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(heads, columns, size):
@@ -39,10 +47,7 @@ def test_attention_is_its_definition(rows, shared, sharing, queries, length, cut
         half, rest = cut[0], min(cut[1], length)
         visible[half:, ..., rest:] = False
     got, _ = slot_attention(torch.nn.Module(), query, key, value, visible, scaling=0.3, half=half, rest=rest)
-    key, value = (states.repeat_interleave(sharing, dim=1) for states in (key, value))
-    scores = (0.3 * torch.einsum("bhqd,bhkd->bhqk", query, key)).masked_fill(~visible, -torch.inf)
-    want = torch.einsum("bhqk,bhkd->bqhd", scores.softmax(-1), value)
-    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(got, defined_attention(query, key, value, visible, 0.3))
 
 
 @pytest.fixture
@@ -96,11 +101,11 @@ def test_a_forward_that_knows_nothing_of_slots_is_as_before(family):
     mask = (ids != PAD).long()
     with torch.no_grad():
         want, padded = model(ids).logits, model(ids, attention_mask=mask).logits
-        with slots_attended(model):
-            assert model.config._attn_implementation == ATTENTION
+        with attended_by(model, SLOT_ATTENTION):
+            assert model.config._attn_implementation == SLOT_ATTENTION
             torch.testing.assert_close(model(ids).logits, want)
             torch.testing.assert_close(model(ids, attention_mask=mask).logits[mask.bool()], padded[mask.bool()])
         assert model.config._attn_implementation == "sdpa"
-        with pytest.raises(RuntimeError), slots_attended(model):
+        with pytest.raises(RuntimeError), attended_by(model, SLOT_ATTENTION):
             raise RuntimeError
     assert model.config._attn_implementation == "sdpa"

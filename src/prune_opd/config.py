@@ -231,7 +231,9 @@ class TrainingSection(Section):
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW β1.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW β2.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
-    micro_batch_tokens: PositiveInt = Field(16384, description="Padded tokens in one forward and backward.")
+    micro_batch_tokens: PositiveInt | None = Field(
+        None, description="Padded tokens in one forward and backward; unset, 2048 on a CPU and 16384 elsewhere."
+    )
     bf16: bool = Field(False, description="bfloat16 autocast in the update's forward; weights keep their type.")
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in backward: less memory, more time."

@@ -6,19 +6,27 @@ product, so the head is read from the configuration and then held against the mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
+from itertools import pairwise
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from prune_opd.core.head import OutputHead
 from prune_opd.errors import ModelError
 from prune_opd.types import Packed
 from prune_opd.world import whole
 
+PACKED_ATTENTION = "prune_opd_packed"
+QUERY_BLOCKS = 4  # of a row, on a CPU
+SHORT_ROW = 64  # tokens; one block
 COMPILED_VARIANTS = 64  # of one function: student and teacher, with and without gradient, one row or more
 PROBE_TOKENS = 4
 PROBE_LOGIT = 50.0  # as large as logits get: a soft-cap of 30 or 100 shows, which it would not at 0.1
@@ -46,8 +54,17 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _guards(entries: Sequence[Any]) -> list[bool]:
-    """Which conditions on a compiled function are checked at each call: not a model's configuration, which stays."""
-    return [".config" not in entry.name for entry in entries]
+    """Which conditions on a compiled function are checked at each call: values and tensors.
+
+    Not a model's configuration, nor the attributes that its objects, classes and modules have: those stay. Of a small
+    decode step such checks are a twentieth.
+    """
+    return [
+        ".config" not in entry.name
+        and not entry.name.startswith(("G[", "type(", "dict(type("))  # globals and classes
+        and entry.guard_type not in ("EMPTY_NN_MODULE_HOOKS_DICT", "NOT_PRESENT_IN_GENERIC_DICT", "HASATTR")
+        for entry in entries
+    ]
 
 
 def check_compiler(device: torch.device) -> None:
@@ -101,6 +118,54 @@ def packed_inputs(model: torch.nn.Module, part: Packed) -> dict[str, Any]:
         "position_ids": part.position_ids,
         "attention_mask": attention_mask(model, together & (distance >= 0), distance),
     }
+
+
+def packed_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **others: Any
+) -> tuple[Tensor, None]:
+    """What transformers' `sdpa` computes over the rows of `packed_inputs`: (R, L, heads, head size), with gradient.
+
+    query (R, heads, L, head size) · key, value (R, shared heads, L, head size) · attention_mask (R, 1, L, L) bool, or
+    None. No token sees a later one, but torch's kernel on a CPU multiplies with all keys, whatever the mask says. So
+    queries go in blocks, and each block reads the keys up to its own end: 5/8 of the products.
+    """
+    length = query.shape[2]
+    if attention_mask is None or query.device.type != "cpu" or key.shape[2] != length or length < SHORT_ROW:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
+    bounds = [length * block // QUERY_BLOCKS for block in range(QUERY_BLOCKS + 1)]
+    outputs = [
+        sdpa_attention_forward(
+            module,
+            query[:, :, begin:end],
+            key[:, :, :end],
+            value[:, :, :end],
+            attention_mask[:, :, begin:end, :end],
+            **others,
+        )[0]
+        for begin, end in pairwise(bounds)
+    ]
+    return torch.cat(outputs, dim=1), None
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
+
+
+@contextmanager
+def attended_by(model: torch.nn.Module, attention: str) -> Iterator[None]:
+    """Forwards of `model` attend by what is registered with transformers under this name, where they would by `sdpa`.
+
+    With gradient checkpointing the backward is a forward too and belongs inside.
+    """
+    config = _causal_lm(model).config.get_text_config()
+    if config._attn_implementation != "sdpa":
+        yield
+        return
+    config._attn_implementation = attention
+    try:
+        yield
+    finally:
+        config._attn_implementation = "sdpa"
 
 
 def attention_mask(model: torch.nn.Module, visible: Tensor, distance: Tensor) -> Tensor | dict[str, Tensor]:

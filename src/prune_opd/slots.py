@@ -8,8 +8,6 @@ half of the slots no more than it is told to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,9 +18,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, Dyna
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from prune_opd.attend_one import attend_one, attends_one
 from prune_opd.modeling import attention_mask
 
-ATTENTION = "prune_opd_slots"
+SLOT_ATTENTION = "prune_opd_slots"
 
 
 def slot_attention(
@@ -41,11 +40,15 @@ def slot_attention(
 
     query (R, heads, q, head size) · key, value (R, shared heads, length, head size) · attention_mask (R, 1, q, length)
     bool. Query heads that share a head of keys become further queries to it, where `sdpa` under a mask repeats keys and
-    values for each of them. half, rest: of the rows from `half` on only the first `rest` columns are read.
+    values for each of them. half, rest: of the rows from `half` on only the first `rest` columns are read; compiled for
+    a CPU, each row is read as far as it goes instead.
     """
     if attention_mask is None:  # not through `SlotCache.inputs`
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **others)
-    rows, heads, queries, _size = query.shape
+    rows, heads, queries, size = query.shape
+    if attends_one(query, key, value):
+        scale = size**-0.5 if scaling is None else scaling
+        return attend_one(query[:, :, 0], key, value, attention_mask[:, 0, 0], scale).unsqueeze(1), None
     sharing = heads // key.shape[1]
     query = query.reshape(rows, key.shape[1], sharing * queries, -1)
     if queries > 1 and sharing > 1:
@@ -62,20 +65,8 @@ def slot_attention(
     return torch.cat(outputs).view(rows, heads, queries, -1).transpose(1, 2), None
 
 
-AttentionInterface.register(ATTENTION, slot_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-
-
-@contextmanager
-def slots_attended(model: PreTrainedModel) -> Iterator[None]:
-    """Forwards of `model` through a SlotCache attend by `slot_attention`, where they would by `sdpa`."""
-    config = model.config.get_text_config()
-    before = config._attn_implementation
-    config._attn_implementation = ATTENTION if before == "sdpa" else before
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+AttentionInterface.register(SLOT_ATTENTION, slot_attention)
+AttentionMaskInterface.register(SLOT_ATTENTION, sdpa_mask)
 
 
 class SlotLayer(DynamicLayer):
@@ -160,5 +151,4 @@ class SlotCache(Cache):
         shape = self.slots, like.shape[1], self.capacity + 1, like.shape[3]
         if like.device.type != "cpu" or like.dtype == torch.bfloat16:  # numpy knows no bfloat16
             return like.new_zeros(shape)
-        buffer = torch.from_numpy(np.empty(shape, dtype=str(like.dtype).removeprefix("torch.")))
-        return buffer.zero_()
+        return torch.from_numpy(np.zeros(shape, dtype=str(like.dtype).removeprefix("torch.")))

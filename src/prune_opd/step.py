@@ -54,7 +54,14 @@ from prune_opd.errors import NonFiniteError
 from prune_opd.events import drift_events
 from prune_opd.finite import check_student, check_teacher
 from prune_opd.inflight import InFlightStop, audited
-from prune_opd.modeling import compiled, hidden_states, output_head, packed_inputs
+from prune_opd.modeling import (
+    PACKED_ATTENTION,
+    attended_by,
+    compiled,
+    hidden_states,
+    output_head,
+    packed_inputs,
+)
 from prune_opd.sampling.base import Sampler, rollout_uniforms
 from prune_opd.teachers.base import Teacher
 from prune_opd.tracking.metrics import Stopwatch
@@ -180,7 +187,7 @@ def prune_opd_step(
         ahead.begin(step + 1, window.length if window else config.rollout.max_completion_length)
 
     # 6. The objective on the kept tokens. Gradients of loss sums add up, so the grouping into micro-batches is free.
-    with watch.phase("update"):
+    with watch.phase("update"), attended_by(student, PACKED_ATTENTION):
         tokens, weighed = world.sum(float(mask.sum())), world.sum(float(weight.sum()))
         denominator = tokens if objective.weight_normalization == "token_mean" else weighed
         teacher_factor = config.reward.opd_kl_coef / denominator if weighed else 0.0

@@ -104,12 +104,18 @@ FULL_ENOUGH = 0.95
 """Rows that share a micro-batch are filled to at least this share of its width, so padding stays below 1 - this."""
 
 
-def pack(rollouts: Rollouts, token_budget: int) -> Iterator[Packed]:
+def default_token_budget(device: torch.device) -> int:
+    """Tokens of a forward where no setting says: on a CPU so few that its caches hold what layers hand on."""
+    return 2048 if device.type == "cpu" else 16384
+
+
+def pack(rollouts: Rollouts, token_budget: int | None = None) -> Iterator[Packed]:
     """Micro-batches of at most `token_budget` columns (one row at least), rollouts packed by first-fit decreasing.
 
     A row is at most as wide as the longest rollout; shorter rollouts share one. Of each rollout, prompt + response
     without the last token are fed, since nothing is predicted from it; rollouts without a kept token are left out.
     """
+    token_budget = token_budget or default_token_budget(rollouts.response_ids.device)
     lengths = rollouts.lengths.tolist()
     sizes = {b: len(rollouts.prompts[b]) + n - 1 for b, n in enumerate(lengths) if n > 0}
     width = max(sizes.values(), default=0)

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prune_opd.core.head import OutputHead
-from prune_opd.modeling import compiled, hidden_states, output_head
+from prune_opd.modeling import attended_by, compiled, hidden_states, output_head
 from prune_opd.sampling.base import Span, Watcher
-from prune_opd.slots import SlotCache, slots_attended
+from prune_opd.slots import SLOT_ATTENTION, SlotCache
 from prune_opd.types import Rollouts, TopK
 
 SHORTER = 0.75  # of the longest context: as far as this the second half of the slots is read by itself
@@ -41,12 +41,17 @@ def draw(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float) 
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """One token of each row. ids (R,) int64 · topk (R, k), None for k = 0 · logprobs (R,) of the ids, likewise."""
+class Said:
+    """Responses of a batch while they are written, and the numbers (B, T) float64 in [0, 1) that they are drawn by.
 
-    ids: Tensor
-    topk: TopK | None = None
-    logprobs: Tensor | None = None
+    response_ids (B, T) int64 · student: the top-k at each token, None for k = 0 · sampled_logprobs (B, T) float32 of
+    the ids, None unless they are kept.
+    """
+
+    uniforms: Tensor
+    response_ids: Tensor
+    student: TopK | None
+    sampled_logprobs: Tensor | None
 
 
 def decode(
@@ -57,29 +62,33 @@ def decode(
     context: Tensor,
     length: int,
     rest: int | None,
-    uniforms: Tensor,
+    said: Said,
+    where: tuple[Tensor, Tensor],
     *,
     vocab_size: int | None,
     temperature: float,
     top_p: float,
     top_k: int,
-) -> Decoded:
-    """The next token of the first R slots, and what the student thought of it: no word to the host, so it compiles.
+) -> Tensor:
+    """The next token (R,) of the first R slots: written into `said`, with what the student thought of it.
 
-    last_token (R,) int64 stands at position context (R,) int64 of its slot; length and rest as in `SlotCache.inputs`;
-    uniforms (R,) float64 as in `draw`. Log-probs and entropies are of temperature 1, float32, over the first
-    `vocab_size` ids.
+    Without a word to the host, so it compiles. last_token (R,) int64 stands at position context (R,) int64 of its slot;
+    length and rest as in `SlotCache.inputs`; where: rollout and position (R,) int64 of the new token. Log-probs and
+    entropies are of temperature 1, float32, over the first `vocab_size` ids.
     """
     inputs = cache.inputs(last_token[:, None], context[:, None], length=length, rest=rest)
     hidden = hidden_states(model, inputs)
     logits = head.logits(hidden[:, -1])[:, :vocab_size]
-    ids = draw(logits, uniforms, temperature=temperature, top_p=top_p)
-    if top_k == 0:
-        return Decoded(ids)
-    logprobs = logits.float().log_softmax(-1)
-    best = logprobs.topk(top_k, dim=-1)
-    entropy = torch.special.entr(logprobs.exp()).sum(-1)
-    return Decoded(ids, TopK(best.indices, best.values, entropy), logprobs.gather(-1, ids[:, None]).squeeze(-1))
+    ids = draw(logits, said.uniforms[where], temperature=temperature, top_p=top_p)
+    said.response_ids[where] = ids
+    if said.student is not None:
+        logprobs = logits.float().log_softmax(-1)
+        best = logprobs.topk(top_k, dim=-1)
+        said.student.ids[where], said.student.logprobs[where] = best.indices, best.values
+        said.student.entropy[where] = torch.special.entr(logprobs.exp()).sum(-1)
+        if said.sampled_logprobs is not None:
+            said.sampled_logprobs[where] = logprobs.gather(-1, ids[:, None]).squeeze(-1)
+    return ids
 
 
 class LocalSampler:
@@ -106,6 +115,7 @@ class LocalSampler:
         self.eos_ids = frozenset(eos_ids)
         self.stride = stride or (1 if model.device.type == "cpu" else 8)
         self.decode = compiled(decode) if compile else decode
+        self.reads_halves = not (compile and model.device.type == "cpu")  # there each row is read by itself
         self.keep_sampled_logprobs = False  # of use where `model` is not the one that is trained
 
     def sample(
@@ -122,7 +132,7 @@ class LocalSampler:
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad(), slots_attended(self.model):
+            with torch.no_grad(), attended_by(self.model, SLOT_ATTENTION):
                 decode = _Decode(self, prompts, uniforms, temperature, top_p, top_k, watcher)
                 decode.run()
         finally:
@@ -148,11 +158,13 @@ class _Decode:
         model = sampler.model
         self.head, self.device = output_head(model), model.device
         batch, self.cap = uniforms.shape
-        self.uniforms = uniforms.to(self.device)
-        self.response_ids = torch.full(uniforms.shape, sampler.pad_id, device=self.device)
-        self.student = TopK.empty(batch, self.cap, top_k, self.device) if top_k else None
-        self.sampled_logprobs = (
-            torch.zeros(uniforms.shape, device=self.device) if sampler.keep_sampled_logprobs else None
+        self.said = Said(
+            uniforms.to(self.device),
+            response_ids=torch.full(uniforms.shape, sampler.pad_id, device=self.device),
+            student=TopK.empty(batch, self.cap, top_k, self.device) if top_k else None,
+            sampled_logprobs=torch.zeros(uniforms.shape, device=self.device)
+            if top_k and sampler.keep_sampled_logprobs
+            else None,
         )
         self.lengths = [0] * batch
         self.finished, self.stopped = [False] * batch, [False] * batch
@@ -160,7 +172,8 @@ class _Decode:
         self.generated = self.slot_steps = 0
 
         slots = min(sampler.slots, batch)
-        self.refills = batch > slots  # else all are about as long, and compiled code need not know the other case
+        # Without a queue all are about as long, and compiled code need not know the other case.
+        self.halves = batch > slots and sampler.reads_halves
         capacity = max(map(len, prompts), default=0) + self.cap
         self.cache = SlotCache(model, slots=slots, capacity=capacity)
         self.waiting = list(range(batch))[::-1]
@@ -189,19 +202,19 @@ class _Decode:
 
     def rollouts(self) -> Rollouts:
         """Everything as tensors, cut to the longest kept response."""
-        longest = max([1, *self.lengths])
+        said, longest = self.said, max([1, *self.lengths])
         lengths = torch.tensor(self.lengths, dtype=torch.long, device=self.device)
         mask = torch.arange(longest, device=self.device) < lengths[:, None]
         return Rollouts(
             prompts=self.prompts,
-            response_ids=self.response_ids[:, :longest].masked_fill(~mask, self.sampler.pad_id),
+            response_ids=said.response_ids[:, :longest].masked_fill(~mask, self.sampler.pad_id),
             response_mask=mask,
             finished=torch.tensor(self.finished, device=self.device),
             stopped=torch.tensor(self.stopped, device=self.device),
-            student=self.student.at((slice(None), slice(longest))) if self.student else None,
+            student=said.student.at((slice(None), slice(longest))) if said.student else None,
             generated=self.generated,
             slot_steps=self.slot_steps,
-            sampled_logprobs=None if self.sampled_logprobs is None else self.sampled_logprobs[:, :longest] * mask,
+            sampled_logprobs=None if said.sampled_logprobs is None else said.sampled_logprobs[:, :longest] * mask,
         )
 
     # ---- slots ----
@@ -241,14 +254,14 @@ class _Decode:
         contexts = [self._context(b) for b in self.seats]
         self.longest, self.rest = max(contexts), None
         shorter = contexts[self.cache.half :]
-        if self.refills and len(shorter) > 1 and max(shorter) < SHORTER * self.longest:
+        if self.halves and len(shorter) > 1 and max(shorter) < SHORTER * self.longest:
             self.rest = max(shorter)
         self.seated = torch.tensor(self.seats, device=self.device)
         self.position = torch.tensor(said, device=self.device)
         starts = torch.tensor([len(self.prompts[b]) - 1 for b in self.seats], device=self.device)
         self.context = starts + self.position
         prompt_ends = torch.tensor([self.prompts[b][-1] for b in self.seats], device=self.device)
-        spoken = self.response_ids[self.seated, (self.position - 1).clamp(min=0)]
+        spoken = self.said.response_ids[self.seated, (self.position - 1).clamp(min=0)]
         self.last_token = torch.where(self.position > 0, spoken, prompt_ends)
 
     def _free(self, leaving: Sequence[int]) -> None:
@@ -285,8 +298,7 @@ class _Decode:
         for _ in range(stride):
             assert self.last_token is not None
             step = decode if self.cache.empty else self.sampler.decode
-            where = self.seated, self.position
-            token = step(
+            self.last_token = step(
                 self.sampler.model,
                 self.head,
                 self.cache,
@@ -294,20 +306,13 @@ class _Decode:
                 self.context,
                 self.longest,
                 self.rest,
-                self.uniforms[where],
+                self.said,
+                (self.seated, self.position),
                 vocab_size=self.sampler.vocab_size,
                 temperature=self.temperature,
                 top_p=self.top_p,
                 top_k=self.top_k,
             )
-            self.response_ids[where] = self.last_token = token.ids
-            if self.student is not None:
-                assert token.topk is not None and token.logprobs is not None
-                self.student.ids[where] = token.topk.ids
-                self.student.logprobs[where] = token.topk.logprobs
-                self.student.entropy[where] = token.topk.entropy
-                if self.sampled_logprobs is not None:
-                    self.sampled_logprobs[where] = token.logprobs
             self.position, self.context = self.position + 1, self.context + 1
             self.longest, self.rest = self.longest + 1, None if self.rest is None else self.rest + 1
         self.slot_steps += stride * len(self.seats)
@@ -316,7 +321,7 @@ class _Decode:
         """Read the last `stride` tokens of every slot; returns the slots whose rollouts have ended."""
         columns = self.position[:, None] + torch.arange(-stride, 0, device=self.device)
         leaving = []
-        for slot, tokens in enumerate(self.response_ids[self.seated[:, None], columns].tolist()):
+        for slot, tokens in enumerate(self.said.response_ids[self.seated[:, None], columns].tolist()):
             b = self.seats[slot]
             end = next((i for i, token in enumerate(tokens) if token in self.sampler.eos_ids), None)
             said = stride if end is None else end + 1
@@ -329,7 +334,8 @@ class _Decode:
 
     def _look(self, ended: Sequence[int]) -> list[int]:
         """Show the watcher what is new; returns the slots of rollouts that it ended."""
-        assert self.watcher is not None and self.student is not None, "a watcher needs top_k > 0"
+        student = self.said.student
+        assert self.watcher is not None and student is not None, "a watcher needs top_k > 0"
         spans = [
             Span(b, self.seen_by_watcher[b], self.lengths[b], ended=b in ended)
             for b in [*ended, *self.seats]
@@ -337,7 +343,7 @@ class _Decode:
         ]
         for span in spans:
             self.seen_by_watcher[span.rollout] = span.end
-        for b, kept in self.watcher.watch(self.response_ids, self.student, spans).items():
+        for b, kept in self.watcher.watch(self.said.response_ids, student, spans).items():
             self.finished[b] &= kept == self.lengths[b]
             self.stopped[b], self.lengths[b] = not self.finished[b], kept
         return [slot for slot, b in enumerate(self.seats) if self.stopped[b]]

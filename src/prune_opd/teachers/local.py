@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prune_opd.core.head import head_statistics
-from prune_opd.modeling import compiled, hidden_states, output_head, packed_inputs
+from prune_opd.modeling import PACKED_ATTENTION, attended_by, compiled, hidden_states, output_head, packed_inputs
 from prune_opd.sampling.base import Span
-from prune_opd.slots import SlotCache, slots_attended
+from prune_opd.slots import SLOT_ATTENTION, SlotCache
 from prune_opd.types import Packed, Rollouts, TeacherScores, TopK, pack
 
 
@@ -20,11 +20,11 @@ class LocalTeacher:
     """Implements `Teacher`; the model is put into eval mode and never receives a gradient.
 
     Ids from `vocab_size` on are padding rows of one of the two embeddings: neither candidates nor part of a normaliser.
-    `token_budget` is the most tokens of one forward. compile: they run compiled (`modeling.compiled`).
+    `token_budget` is the most tokens of one forward, as in `pack`. compile: they run compiled (`modeling.compiled`).
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, vocab_size: int, token_budget: int = 16384, compile: bool = False
+        self, model: PreTrainedModel, *, vocab_size: int, token_budget: int | None = None, compile: bool = False
     ) -> None:
         self.hidden_states = compiled(hidden_states) if compile else hidden_states
         self.model, self.token_budget = model.eval().requires_grad_(False), token_budget
@@ -55,7 +55,8 @@ class LocalTeacher:
             self.write(scores, hidden, part.rollout, part.position, rollouts.response_ids, rollouts.student)
 
     def _packed_states(self, part: Packed) -> Tensor:
-        return self.hidden_states(self.model, packed_inputs(self.model, part))[part.row, part.column]
+        with attended_by(self.model, PACKED_ATTENTION):
+            return self.hidden_states(self.model, packed_inputs(self.model, part))[part.row, part.column]
 
     def write(
         self,
@@ -154,7 +155,7 @@ class LocalStream:
         ]
         row, column, rollout, position = torch.tensor(new, device=device).unbind(-1)
         forward = hidden_states if self.cache.empty else self.teacher.hidden_states
-        with slots_attended(self.teacher.model):
+        with attended_by(self.teacher.model, SLOT_ATTENTION):
             hidden = forward(self.teacher.model, inputs)[row, column]
         self.teacher.write(scores, hidden, rollout, position, response_ids, student)
 

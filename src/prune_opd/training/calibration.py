@@ -94,7 +94,9 @@ def teacher_written(
 
 
 @torch.no_grad()
-def candidates_along(model: Any, rollouts: Rollouts, top_k: int, vocab_size: int, token_budget: int = 16384) -> TopK:
+def candidates_along(
+    model: Any, rollouts: Rollouts, top_k: int, vocab_size: int, token_budget: int | None = None
+) -> TopK:
     """The K likeliest tokens of `model` at every position of responses that something else wrote."""
     batch, length = rollouts.response_ids.shape
     found = TopK.empty(batch, length, top_k, rollouts.response_ids.device)

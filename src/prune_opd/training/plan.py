@@ -22,7 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from prune_opd.config import Config, ModelSection
 from prune_opd.core.head import CHUNK_BYTES
 from prune_opd.errors import ModelError
-from prune_opd.training.models import add_adapters, log_remote_code, resolve_model
+from prune_opd.training.models import add_adapters, log_remote_code, resolve_device, resolve_model
+from prune_opd.types import default_token_budget
 
 # Losses over the full vocabulary hold this many (N, V) float32 tensors together in forward and backward, the logits of
 # student and teacher included. tests/training/test_plan.py counts them.
@@ -320,7 +321,9 @@ def micro_batch_shape(config: Config) -> tuple[int, int, int]:
     """(rows, prompt + response tokens, response tokens) of the largest micro-batch, as `step.micro_batches` cuts it."""
     response = longest_response(config)
     width = config.data.max_prompt_length + response
-    rows = max(1, config.training.micro_batch_tokens // width)
+    training = config.training
+    budget = training.micro_batch_tokens or default_token_budget(resolve_device(training.device))
+    rows = max(1, budget // width)
     return min(rows, config.rollout.prompts_per_step * config.rollout.num_generations), width, response
 
 

@@ -1,0 +1,59 @@
+"""The attention of packed rows: the same numbers as transformers' own, from fewer products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prune_opd import modeling
+from prune_opd.modeling import PACKED_ATTENTION, attended_by, hidden_states, packed_inputs
+from prune_opd.types import Packed, Rollouts, pack
+from tests.families import PAD, VOCAB, tiny_model
+
+
+def packed(lengths: list[int]) -> list[Packed]:
+    """Packed rows of rollouts of these lengths: rows that differ are micro-batches of their own."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(2, VOCAB, (3,), generator=generator).tolist() for _ in lengths]
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    ids = torch.randint(2, VOCAB, mask.shape, generator=generator).masked_fill(~mask, PAD)
+    ended = torch.ones(len(lengths), dtype=torch.bool)
+    return list(pack(Rollouts(prompts, ids, mask, ended, ~ended), 10**6))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("lengths", [[1], [61], [62], [90, 88, 41, 41], [70, 30, 30, 5]], ids=str)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_states_and_gradients_are_those_of_sdpa(family, lengths, checkpointing):
+    """Full and sliding layers, heads that share keys, rows in one block and in four."""
+    model, parts = tiny_model(family).double().train(), packed(lengths)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = {}
+    for attention in ("sdpa", PACKED_ATTENTION):
+        model.zero_grad()
+        with attended_by(model, attention):
+            states = [hidden_states(model, packed_inputs(model, part))[part.row, part.column] for part in parts]
+            torch.cat(states).square().sum().backward()
+        found[attention] = [
+            torch.cat(states).detach(),
+            *(p.grad.clone() for p in model.parameters() if p.grad is not None),
+        ]
+    for got, want in zip(found[PACKED_ATTENTION], found["sdpa"], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+
+
+def test_queries_do_not_meet_the_keys_behind_them(monkeypatch):
+    """5/8 of query-key products, counted, for both layers."""
+    model, (part,) = tiny_model("llama"), packed([62])
+    products = []
+    attention = modeling.sdpa_attention_forward
+
+    def count(module, query, key, *others, **settings):
+        products.append(query.shape[2] * key.shape[2])
+        return attention(module, query, key, *others, **settings)
+
+    monkeypatch.setattr(modeling, "sdpa_attention_forward", count)
+    with attended_by(model, PACKED_ATTENTION):
+        hidden_states(model, packed_inputs(model, part))
+    assert sum(products) == 2 * 64 * 64 * 5 / 8
