@@ -1,9 +1,12 @@
-"""Milliseconds of a decode step with the slots' attention and with transformers' `sdpa`, where heads share keys.
+"""A decode step with the slots' attention and with transformers' `sdpa`, where heads share keys; and the kernel alone.
 
     python benchmarks/decode_attention.py
 
 A model in the shape of SmolLM2-135M with random weights in float32: 30 layers, nine query heads on three heads of keys.
 16 rows decode one token each, all at the same context, through the same cache; the two alternate.
+
+Then the attention alone, in the shape of the embedded pair (64 rows, two layers of four heads of 32): torch's kernel,
+the one for compiled code (`attend_one`), and a sum over the same keys and values, which is what reading them takes.
 """
 
 from __future__ import annotations
@@ -13,11 +16,14 @@ import statistics
 import time
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from prune_opd.attend_one import attend_one
 from prune_opd.modeling import output_head
-from prune_opd.sampling.local import decode
-from prune_opd.slots import ATTENTION, SlotCache
+from prune_opd.sampling.local import Said, decode
+from prune_opd.slots import SLOT_ATTENTION, SlotCache
+from prune_opd.types import TopK
 
 SMOLLM2_135M = LlamaConfig(
     vocab_size=49152,
@@ -44,7 +50,9 @@ def main() -> None:
     head = output_head(model)
     rows = arguments.rows
     cache = SlotCache(model, slots=rows, capacity=max(arguments.contexts))
-    tokens, uniforms = torch.full((rows,), 5), torch.full((rows,), 0.5, dtype=torch.float64)
+    tokens, where = torch.full((rows,), 5), (torch.arange(rows), torch.zeros(rows, dtype=torch.long))
+    uniforms = torch.full((rows, 1), 0.5, dtype=torch.float64)
+    said = Said(uniforms, torch.zeros(rows, 1, dtype=torch.long), TopK.empty(rows, 1, 8), None)
 
     def milliseconds(attention: str, context: int) -> float:
         model.config._attn_implementation = attention
@@ -58,7 +66,8 @@ def main() -> None:
                 torch.full((rows,), context - 1),
                 context,
                 None,
-                uniforms,
+                said,
+                where,
                 vocab_size=None,
                 temperature=1.0,
                 top_p=1.0,
@@ -70,7 +79,7 @@ def main() -> None:
         f"torch {torch.__version__}, one thread, {rows} rows; medians of {arguments.repeats}, ms a decode step (range)"
     )
     for context in arguments.contexts:
-        taken: dict[str, list[float]] = {"sdpa": [], ATTENTION: []}
+        taken: dict[str, list[float]] = {"sdpa": [], SLOT_ATTENTION: []}
         for repeat in range(arguments.repeats + 1):
             for attention, found in taken.items():
                 found += [milliseconds(attention, context)][: repeat > 0]  # the first is warm-up
@@ -80,6 +89,31 @@ def main() -> None:
         )
         ratio = statistics.median(a / b for a, b in zip(*taken.values(), strict=True))
         print(f"context {context:5}: {columns}   ratio {ratio:.2f}")
+    attention_alone(arguments.repeats)
+
+
+def attention_alone(repeats: int, rows: int = 64, heads: int = 4, size: int = 32, columns: int = 386) -> None:
+    """Milliseconds of two layers' attention of one token a row, by context."""
+    layers = [[torch.randn(rows, heads, columns, size) for _ in range(2)] for _ in range(2)]
+    query = torch.randn(rows, heads, size)
+    for context in (100, 215, 380):
+        seen = torch.ones(rows, context, dtype=torch.bool)
+        seen_by_heads = seen[:, None, None]
+        arms = {
+            "sdpa": lambda k, v, m=seen_by_heads: scaled_dot_product_attention(query[:, :, None], k, v, attn_mask=m),
+            "attend_one": lambda k, v, m=seen: attend_one(query, k, v, m, size**-0.5),
+            "reading": lambda k, v: (k.sum(), v.sum()),
+        }
+        taken: dict[str, list[float]] = {name: [] for name in arms}
+        for repeat in range(10 * repeats + 3):
+            for name, arm in arms.items():
+                began = time.perf_counter()
+                for key, value in layers:
+                    arm(key[:, :, :context], value[:, :, :context])
+                taken[name] += [(time.perf_counter() - began) * 1e3][: repeat > 2]
+        text = "   ".join(f"{name} {statistics.median(found):.2f}" for name, found in taken.items())
+        ratio = statistics.median(a / b for a, b in zip(taken["sdpa"], taken["attend_one"], strict=True))
+        print(f"attention alone, context {context:5}: {text} ms   sdpa / attend_one {ratio:.2f}")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ from prune_opd.step import StepResult, prune_opd_step
 from prune_opd.teachers.local import LocalTeacher
 from prune_opd.training.models import resolve_model
 from prune_opd.training.trainer import build_optimizer
+from prune_opd.types import default_token_budget
 
 PHASES = ("rollout", "teacher", "update")
 PROMPT_TOKENS = 16
@@ -268,7 +269,7 @@ def measure(args: argparse.Namespace, console: Console) -> tuple[list[dict[str, 
             shape,
             rollouts=rollouts,
             length=length,
-            micro_batch_tokens=config.training.micro_batch_tokens,
+            micro_batch_tokens=default_token_budget(torch.device("cpu")),
             slots=config.rollout.slots,
             width=4,
         )

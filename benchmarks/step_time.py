@@ -6,12 +6,14 @@ teacher, update. TRL's runs inside `trainer.train()`; ours runs at the start of 
 also pays for its metrics and its rollout log; TRL's logging falls outside its step.
 
 Student weights are put back before each step, so that every repeat is a first step: a student that learns to stop
-would make the later ones shorter. Two cases: rollouts end where the student ends them, and rollouts that cannot end.
+would make the later ones shorter. Three cases: rollouts end where the student ends them, which few do before the
+limit; rollouts that cannot end; and ragged ones, which end at a filler word that the student says once in a hundred
+tokens. Ragged lengths are each arm's own draws, so its tokens are reported beside its seconds.
 
 TRL minimises the reverse KL over the whole vocabulary (beta=1), our default is topk_reverse_kl; one of our arms has
 TRL's loss, one is compiled (`model.compile`). Gradient checkpointing is off on both sides, though TRL's default is on
-and slower: --trl-checkpointing times that default. --trl-accumulation looks for the micro-batch that suits TRL best,
---trl-compile has its student compiled too, as its own setting does it.
+and slower: --trl-checkpointing times that default. TRL's micro-batches are those that suit it best; --trl-accumulation
+takes others. --trl-compile has its student compiled too, as its own setting does it.
 """
 
 from __future__ import annotations
@@ -50,6 +52,11 @@ OURS = {
     "prune-opd, reverse_kl": {"objective.loss": "reverse_kl"},
 }
 PHASES = ("rollout", "teacher", "update")
+CASES = {  # the token that ends a rollout
+    "rollouts end by themselves": None,
+    "rollouts run to the limit": "<never>",  # which has no logit
+    "ragged rollouts": "well",
+}
 
 
 def summarise(samples: Mapping[str, Sequence[Mapping[str, float]]], peer: str) -> dict[str, dict[str, Any]]:
@@ -226,13 +233,14 @@ def run_case(student: str, teacher: str, args: argparse.Namespace, folder: Path)
     return timer.samples
 
 
-def without_end(name: str, folder: Path) -> str:
-    """A copy of a model whose EOS token is one that it has no logit for, so that no rollout ends by itself."""
+def ending_at(token: str, name: str, folder: Path) -> str:
+    """A copy of a model whose EOS token is another: one that it says now and then, or a new one that it cannot say."""
     model = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(name))
-    tokenizer.add_special_tokens({"eos_token": "<never>"})
-    if tokenizer.eos_token_id < model.get_output_embeddings().weight.shape[0]:
-        raise RuntimeError(f"{name}: id {tokenizer.eos_token_id} has a logit, so it can be sampled")
+    known = token in tokenizer.get_vocab()
+    tokenizer.add_special_tokens({"eos_token": token})
+    if known != (tokenizer.eos_token_id < model.get_output_embeddings().weight.shape[0]):
+        raise RuntimeError(f"{name}: {token} is a token without a logit, or a new one with a logit")
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -282,9 +290,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16, help="prompts a step")
     parser.add_argument("--generations", type=int, default=4, help="rollouts of each prompt")
     parser.add_argument("--max-completion-length", type=int, default=340, help="most tokens of a response")
-    parser.add_argument("--trl-accumulation", type=int, default=1, help="micro-batches that TRL splits a step into")
+    parser.add_argument("--trl-accumulation", type=int, default=8, help="micro-batches that TRL splits a step into")
     parser.add_argument("--trl-checkpointing", action="store_true", help="gradient checkpointing, TRL's default")
     parser.add_argument("--trl-compile", action="store_true", help="torch_compile, off by default in TRL as in ours")
+    parser.add_argument("--only", help="part of the name of a case: leave the others out")
     parser.add_argument("--repeats", type=int, default=7, help="timed steps of each arm")
     parser.add_argument("--warmup", type=int, default=2, help="untimed steps of each arm before them")
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -298,15 +307,14 @@ def main() -> None:
     cases: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        pairs = {
-            "rollouts end by themselves": (args.student, args.teacher),
-            "rollouts run to the limit": tuple(
-                without_end(name, folder / role)
-                for role, name in (("student", args.student), ("teacher", args.teacher))
-            ),
-        }
-        for case, (student, teacher) in pairs.items():
-            samples = run_case(student, teacher, args, folder / case.replace(" ", "-"))
+        for case, end in CASES.items():
+            if args.only and args.only not in case:
+                continue
+            work = folder / case.replace(" ", "-")
+            student, teacher = args.student, args.teacher
+            if end is not None:
+                student, teacher = ending_at(end, student, work / "student"), ending_at(end, teacher, work / "teacher")
+            samples = run_case(student, teacher, args, work)
             cases[case] = {"summary": summarise(samples, TRL), "samples": samples}
             console.print(table_of(case, cases[case]["summary"], args.repeats))
     about = environment(args)
