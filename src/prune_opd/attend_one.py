@@ -39,11 +39,8 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: f
     rows, heads, size = query.shape
     shared, length = key.shape[1:3]
     assert key.stride() == value.stride() and key.stride()[2:] == (size, 1), "keys and values lie otherwise"
-    query, seen, out = (
-        query.contiguous(),
-        seen.contiguous(),
-        torch.empty_like(query, memory_format=torch.contiguous_format),
-    )
+    query, seen = query.contiguous(), seen.contiguous()
+    out = torch.empty_like(query)
     pointers = (tensor.data_ptr() for tensor in (query, key, value, seen, out))
     sizes = rows, shared, heads // shared, length, size, key.stride(0), key.stride(1)
     assert _kernel()(*pointers, *sizes, scale), f"no code for heads of {size}"

@@ -56,8 +56,8 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def _guards(entries: Sequence[Any]) -> list[bool]:
     """Which conditions on a compiled function are checked at each call: values and tensors.
 
-    Not a model's configuration, nor the attributes that its objects, classes and modules have: those stay. Of a small
-    decode step such checks are a twentieth.
+    Not a model's configuration, nor which attributes its objects, classes and modules have: those stay, and to look
+    would take a twentieth of a small decode step.
     """
     return [
         ".config" not in entry.name
