@@ -301,6 +301,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.prompts * args.generations % args.trl_accumulation:
         parser.error("--trl-accumulation must divide prompts × generations")
+    if not any((args.only or "") in case for case in CASES):
+        parser.error(f"--only {args.only}: no such case; there are {', '.join(CASES)}")
 
     logging.disable_progress_bar()
     console = Console(width=150)

@@ -6,23 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._inductor import cpp_builder, exc
 
 from prune_opd import slots
 from prune_opd.attend_one import HEAD_SIZES, attend_one
 from prune_opd.slots import slot_attention
+from tests.test_compile import needs_compiler
 from tests.test_slots import defined_attention
 
-
-def no_compiler() -> bool:
-    try:
-        cpp_builder.get_cpp_compiler()
-    except exc.InvalidCxxCompiler:
-        return True
-    return False
-
-
-pytestmark = pytest.mark.skipif(no_compiler(), reason="no C++ compiler on this machine")
+pytestmark = needs_compiler
 
 
 def slots_of(rows: int, shared: int, columns: int, size: int, seed: int) -> list[torch.Tensor]:

@@ -23,6 +23,17 @@ SEEDS = 14, 15  # of models whose first step meets all kinds of code
 GRAPHS = 6  # decoding; the teacher reading on; the teacher and the update over several rows, and over one
 
 
+def no_compiler() -> bool:
+    try:
+        check_compiler(torch.device("cpu"))
+    except ModelError:
+        return True
+    return False
+
+
+needs_compiler = pytest.mark.skipif(no_compiler(), reason="no C++ compiler on this machine")
+
+
 def steps(*, compile: bool) -> list[dict[str, float]]:
     """Some steps with a growing length, a stop in flight, and a loss over packed rows; and the code compiled so far."""
     from torch._dynamo.utils import counters
@@ -71,6 +82,7 @@ def steps(*, compile: bool) -> list[dict[str, float]]:
     return done
 
 
+@needs_compiler  # whatever the backend: compiled decoding attends by a kernel
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "backend",

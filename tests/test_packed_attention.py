@@ -7,18 +7,18 @@ import torch
 
 from prune_opd import modeling
 from prune_opd.modeling import PACKED_ATTENTION, attended_by, hidden_states, packed_inputs
-from prune_opd.types import Packed, Rollouts, pack
+from prune_opd.types import Packed, Rollouts, default_token_budget, pack
 from tests.families import PAD, VOCAB, tiny_model
 
 
-def packed(lengths: list[int]) -> list[Packed]:
+def packed(lengths: list[int], token_budget: int | None = 10**6) -> list[Packed]:
     """Packed rows of rollouts of these lengths: rows that differ are micro-batches of their own."""
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(2, VOCAB, (3,), generator=generator).tolist() for _ in lengths]
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     ids = torch.randint(2, VOCAB, mask.shape, generator=generator).masked_fill(~mask, PAD)
     ended = torch.ones(len(lengths), dtype=torch.bool)
-    return list(pack(Rollouts(prompts, ids, mask, ended, ~ended), 10**6))
+    return list(pack(Rollouts(prompts, ids, mask, ended, ~ended), token_budget))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
@@ -57,3 +57,9 @@ def test_queries_do_not_meet_the_keys_behind_them(monkeypatch):
     with attended_by(model, PACKED_ATTENTION):
         hidden_states(model, packed_inputs(model, part))
     assert sum(products) == 2 * 64 * 64 * 5 / 8
+
+
+def test_without_a_setting_a_micro_batch_on_a_cpu_holds_2048_tokens():
+    """As many rows of 102 tokens as fit, and the last ones."""
+    assert [part.input_ids.shape for part in packed([100] * 45, None)] == [(20, 102), (20, 102), (5, 102)]
+    assert default_token_budget(torch.device("cuda")) == 16384

@@ -54,14 +54,7 @@ from prune_opd.errors import NonFiniteError
 from prune_opd.events import drift_events
 from prune_opd.finite import check_student, check_teacher
 from prune_opd.inflight import InFlightStop, audited
-from prune_opd.modeling import (
-    PACKED_ATTENTION,
-    attended_by,
-    compiled,
-    hidden_states,
-    output_head,
-    packed_inputs,
-)
+from prune_opd.modeling import PACKED_ATTENTION, attended_by, compiled, hidden_states, output_head, packed_inputs
 from prune_opd.sampling.base import Sampler, rollout_uniforms
 from prune_opd.teachers.base import Teacher
 from prune_opd.tracking.metrics import Stopwatch

@@ -318,7 +318,7 @@ def _memory_from_names(
 
 
 def micro_batch_shape(config: Config) -> tuple[int, int, int]:
-    """(rows, prompt + response tokens, response tokens) of the largest micro-batch, as `step.micro_batches` cuts it."""
+    """(rows, prompt + response tokens, response tokens) of the largest micro-batch, as `types.pack` cuts it."""
     response = longest_response(config)
     width = config.data.max_prompt_length + response
     training = config.training
