@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prune_opd import slots
-from prune_opd.attend_one import HEAD_SIZES, attend_one
+from prune_opd.attend_one import HEAD_SIZES, _kernel, attend_one
 from prune_opd.slots import slot_attention
 from tests.test_compile import needs_compiler
 from tests.test_slots import defined_attention
@@ -42,6 +42,22 @@ def test_it_is_attention(rows, shared, group, size, length, unused, seed):
     key, value = key.float(), value.float()
     got = attend_one(query[:, :, 0].float(), key[:, :, :length], value[:, :, :length], seen, 0.3)
     torch.testing.assert_close(got, want[:, 0].float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_it_builds_for_every_kind_of_processor(capability, monkeypatch):
+    """torch's headers include one another in another way for each. A kind that this processor lacks builds as its own."""
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", capability)
+    _kernel.cache_clear()
+    try:
+        key, value = slots_of(3, 2, 37, 64, 0)
+        query = slots_of(3, 4, 1, 64, 1)[0]
+        seen = torch.ones(3, 37, dtype=torch.bool)
+        want = defined_attention(query, key, value, seen[:, None, None], 0.3)
+        got = attend_one(query[:, :, 0].float(), key.float(), value.float(), seen, 0.3)
+        torch.testing.assert_close(got, want[:, 0].float(), rtol=1e-5, atol=1e-6)
+    finally:
+        _kernel.cache_clear()
 
 
 @pytest.mark.parametrize("threads", [1, 2])

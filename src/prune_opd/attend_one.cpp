@@ -5,6 +5,7 @@
 // since for them a single query is a matrix of one row.
 
 #include <ATen/Parallel.h>
+#include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
