@@ -1,25 +1,27 @@
-"""Time of one on-policy distillation step without pruning, against TRL's DistillationTrainer: `make bench`.
+"""Time of one on-policy distillation step without pruning, against TRL's trainers: `make bench`.
 
-The same student, teacher, prompts, rollouts a step, longest response, learning rate and optimiser, in one process:
-our step, our step with TRL's loss, TRL's step, and again. Each is the whole step as its own trainer runs it: sampling,
-teacher, update. TRL's runs inside `trainer.train()`; ours runs at the start of TRL's step, off TRL's clock. Ours
-also pays for its metrics and its rollout log; TRL's logging falls outside its step.
+Peers are DistillationTrainer and, from trl.experimental, GKDTrainer (lmbda 1: on policy) and GOLDTrainer, each with the
+reverse KL over the whole vocabulary (beta 1). The same student, teacher, prompts, rollouts a step, longest response,
+learning rate and optimiser, in one process: each of our arms, each peer, and again. Each is the whole step as its own
+trainer runs it: sampling, teacher, update; theirs is what lies between their callbacks `on_step_begin` and
+`on_step_end`. Ours also pays for its metrics and its rollout log; TRL's logging falls outside its step.
 
 Student weights are put back before each step, so that every repeat is a first step: a student that learns to stop
 would make the later ones shorter. Three cases: rollouts end where the student ends them, which few do before the
 limit; rollouts that cannot end; and ragged ones, which end at a filler word that the student says once in a hundred
 tokens. Ragged lengths are each arm's own draws, so its tokens are reported beside its seconds.
 
-TRL minimises the reverse KL over the whole vocabulary (beta=1), our default is topk_reverse_kl; one of our arms has
-TRL's loss, one is compiled (`model.compile`). Gradient checkpointing is off on both sides, though TRL's default is on
-and slower: --trl-checkpointing times that default. TRL's micro-batches are those that suit it best; --trl-accumulation
-takes others. --trl-compile has its student compiled too, as its own setting does it.
+Our default loss is topk_reverse_kl; one of our arms has TRL's loss, one is compiled (`model.compile`). Gradient
+checkpointing is off on both sides, though TRL's default is on and slower: --trl-checkpointing times that default.
+Micro-batches are those that suit each peer best; --trl-accumulation takes others. --trl-compile has their student
+compiled too, as their own setting does it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -39,17 +41,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from transformers.utils import logging
 
 from prune_opd.config import Config, parse_config
+from prune_opd.data.prompts import Prompt
 from prune_opd.tracking.metrics import Stopwatch
 from prune_opd.training.models import load_model, resolve_model
 from prune_opd.training.trainer import Trainer
 
 Samples = dict[str, list[dict[str, float]]]
 
-TRL = "TRL, reverse_kl"
-OURS = {
+OURS: dict[str, dict[str, Any]] = {
     "prune-opd, compiled": {"model.compile": True},
     "prune-opd": {},
     "prune-opd, reverse_kl": {"objective.loss": "reverse_kl"},
+}
+PEERS = {  # micro-batches a step that suit each best
+    "DistillationTrainer": 8,
+    "GKDTrainer": 1,  # it samples anew for every micro-batch
+    "GOLDTrainer": 1,  # likewise
 }
 PHASES = ("rollout", "teacher", "update")
 CASES = {  # the token that ends a rollout
@@ -114,65 +121,124 @@ class Ours:
         }
 
 
-class TRLTimer(TrainerCallback):
-    """Clocks each step of TRL's trainer, and runs ours before it."""
+class Peer(TrainerCallback):
+    """A trainer of TRL, one step at a time, from the same weights each time.
 
-    def __init__(self, ours: dict[str, Ours], warmup: int) -> None:
-        self.ours, self.warmup = ours, warmup
-        self.samples: Samples = {arm: [] for arm in (*ours, TRL)}
-        self.clock, self.watch, self.tokens = Clock(), Stopwatch(torch.device("cpu")), 0
+    batches: the prompts of each step, each as often as it has rollouts, with columns as the trainers want them.
+    """
 
-    def attach(self, trainer: Any) -> None:
-        """Time sampling and the teacher's forward, and check that the prompts are token for token those of ours.
+    def __init__(
+        self,
+        name: str,
+        student: str,
+        teacher: str,
+        batches: Sequence[Dataset],
+        config: Config,
+        args: argparse.Namespace,
+        folder: Path,
+    ) -> None:
+        cpu = torch.device("cpu")
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(student))
+        tokenizer.padding_side = "left"
+        accumulation = args.trl_accumulation or PEERS[name]
+        trainer_class, settings_class, own = trl_classes(name, config.rollout.max_completion_length)
+        self.trainer = trainer_class(
+            model=load_model(student, config.model, dtype="float32", device=cpu),
+            teacher_model=load_model(teacher, config.model, dtype="float32", device=cpu),
+            args=settings_class(
+                output_dir=str(folder),
+                use_cpu=True,
+                bf16=False,
+                report_to="none",
+                disable_tqdm=True,
+                save_strategy="no",
+                logging_strategy="no",
+                dataloader_pin_memory=False,
+                gradient_checkpointing=args.trl_checkpointing,
+                torch_compile=args.trl_compile,
+                per_device_train_batch_size=len(batches[0]) // accumulation,
+                gradient_accumulation_steps=accumulation,
+                max_steps=1,
+                temperature=config.rollout.temperature,
+                beta=1.0,
+                learning_rate=config.training.learning_rate,
+                lr_scheduler_type="constant",
+                max_grad_norm=config.training.max_grad_norm,
+                **own,
+            ),
+            train_dataset=batches[0],
+            processing_class=tokenizer,
+            callbacks=[self],
+        )
+        self.trainer.remove_callback(PrinterCallback)
+        self.batches, self.clock, self.watch = batches, Clock(), Stopwatch(cpu)
+        model, teacher_body = self.trainer.model, self.trainer.teacher_model.base_model
+        self.initial = {name: value.clone() for name, value in model.state_dict().items()}
+        generate, read = model.generate, teacher_body.forward
 
-        The teacher's head is projected inside the loss, so its time counts as update.
-        """
-        self.initial = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-        generate, hidden_state = trainer._generate_single_turn, trainer._get_last_hidden_state
-
-        def timed_generate(prompt_ids, *args):
-            if prompt_ids != self.expected_prompts:
-                raise RuntimeError(f"step {self.step}: TRL tokenised the prompts in another way than ours did")
+        def timed_generate(*positional, **inputs):
             with self.watch.phase("rollout"):
-                completions = generate(prompt_ids, *args)
-            self.tokens = sum(map(len, completions))
-            return completions
+                sequences = generate(*positional, **inputs)
+            self.sampled.append((inputs["input_ids"], inputs["attention_mask"], sequences))
+            return sequences
 
-        def timed_hidden_state(model, *args, **kwargs):
-            with self.watch.phase("teacher" if model is trainer.teacher_model else "student"):
-                return hidden_state(model, *args, **kwargs)
+        def timed_read(*positional, **inputs):
+            with self.watch.phase("teacher"):
+                return read(*positional, **inputs)
 
-        trainer._generate_single_turn, trainer._get_last_hidden_state = timed_generate, timed_hidden_state
-        trainer.add_callback(self)
+        model.generate, teacher_body.forward = timed_generate, timed_read
 
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        self.step = state.global_step
-        for arm, ours in self.ours.items():
-            self._keep(arm, ours.step(self.step))
-        ours = next(iter(self.ours.values())).trainer
-        rollout = ours.config.rollout
-        prompts = ours.prompts.batch(self.step, rollout.prompts_per_step)
-        self.expected_prompts = [list(p.token_ids) for p in prompts for _ in range(rollout.num_generations)]
-        model.load_state_dict(self.initial)
+    def step(self, step: int) -> dict[str, float]:
+        """The teacher's head counts as update: it is projected by the loss."""
+        self.trainer.model.load_state_dict(self.initial)
+        self.trainer.train_dataset = self.batches[step]
         self.watch.seconds.clear()
+        self.sampled: list[tuple[torch.Tensor, torch.Tensor, Any]] = []
+        self.trainer.train()
+        inside = self.watch.seconds
+        update = self.took["seconds"] - inside["rollout"] - inside["teacher"]
+        phases = {"rollout": inside["rollout"], "teacher": inside["teacher"], "update": update}
+        return {**self.took, **phases, "tokens": self._tokens(step)}
+
+    def on_step_begin(self, args, state, control, **kwargs):
         self.clock.start()
 
     def on_step_end(self, args, state, control, **kwargs):
-        took, inside = self.clock.stop(), self.watch.seconds
-        update = took["seconds"] - inside["rollout"] - inside["teacher"]
-        phases = {"rollout": inside["rollout"], "teacher": inside["teacher"], "update": update}
-        self._keep(TRL, {**took, **phases, "tokens": self.tokens})
+        self.took = self.clock.stop()
 
-    def _keep(self, arm: str, sample: dict[str, float]) -> None:
-        if self.step >= self.warmup:
-            self.samples[arm].append(sample)
+    def _tokens(self, step: int) -> int:
+        """How many were sampled, up to each rollout's end; and from the prompts of ours, token for token, if any."""
+        prompts, tokens, end = [], 0, self.trainer.processing_class.eos_token_id
+        for input_ids, mask, sequences in self.sampled:
+            prompts += [row[seen.bool()].tolist() for row, seen in zip(input_ids, mask, strict=True)]
+            responses = getattr(sequences, "sequences", sequences)[:, input_ids.shape[1] :]
+            before_end = (responses == end).cumsum(-1) - (responses == end).long() == 0
+            tokens += int(before_end.sum())
+        if sorted(prompts) != sorted(self.batches[step]["prompt_ids"]):
+            raise RuntimeError(f"step {step}: TRL sampled from other prompts than ours did")
+        return tokens
+
+
+def trl_classes(name: str, longest: int) -> tuple[Any, Any, dict[str, Any]]:
+    """A trainer of TRL, its settings, and those of them that only this trainer has, for on-policy distillation."""
+    on_policy = {"lmbda": 1.0, "packing": False, "max_length": None}
+    if name == "DistillationTrainer":
+        from trl import DistillationConfig, DistillationTrainer
+
+        own = {"max_completion_length": longest, "shuffle_dataset": False}
+        return DistillationTrainer, DistillationConfig, own
+    if name == "GKDTrainer":
+        from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+        return GKDTrainer, GKDConfig, {**on_policy, "max_new_tokens": longest}
+    from trl.experimental.gold import GOLDConfig, GOLDTrainer
+
+    return GOLDTrainer, GOLDConfig, {**on_policy, "max_completion_length": longest, "top_p": 1.0}
 
 
 def run_case(student: str, teacher: str, args: argparse.Namespace, folder: Path) -> Samples:
     """Alternate all arms on one pair; the samples of each arm in order, without the warm-up."""
-    from trl import DistillationConfig, DistillationTrainer
-
-    steps, rollouts = args.warmup + args.repeats, args.prompts * args.generations
+    steps = args.warmup + args.repeats
     settings = {
         "model": {"model_name_or_path": student, "teacher_model_name_or_path": teacher},
         "data": {"train": "task:chain_sum", "max_prompt_length": 64},
@@ -186,51 +252,39 @@ def run_case(student: str, teacher: str, args: argparse.Namespace, folder: Path)
         "training": {"steps": steps, "learning_rate": 5e-5, "device": "cpu", "threads": args.threads},
     }
     config = parse_config(settings, where="benchmarks/step_time.py")
-    ours = {name: Ours(config.with_settings(**changes), folder / name) for name, changes in OURS.items()}
-    source, tokenizer = next(iter(ours.values())).trainer.prompts, AutoTokenizer.from_pretrained(resolve_model(student))
-    tokenizer.padding_side = "left"
-    rows = [
-        prompt.text
+    arms: dict[str, Ours | Peer] = {
+        name: Ours(config.with_settings(**changes), folder / name) for name, changes in OURS.items()
+    }
+    source = next(iter(arms.values())).trainer.prompts
+    batches = [
+        [prompt for prompt in source.batch(step, args.prompts) for _ in range(args.generations)]
         for step in range(steps)
-        for prompt in source.batch(step, args.prompts)
-        for _ in range(args.generations)
     ]
-    cpu = torch.device("cpu")
-    trainer = DistillationTrainer(
-        model=load_model(student, config.model, dtype="float32", device=cpu),
-        teacher_model=load_model(teacher, config.model, dtype="float32", device=cpu),
-        args=DistillationConfig(
-            output_dir=str(folder / "trl"),
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            disable_tqdm=True,
-            save_strategy="no",
-            logging_strategy="no",
-            dataloader_pin_memory=False,
-            gradient_checkpointing=args.trl_checkpointing,
-            torch_compile=args.trl_compile,
-            per_device_train_batch_size=rollouts // args.trl_accumulation,
-            gradient_accumulation_steps=args.trl_accumulation,
-            max_steps=steps,
-            shuffle_dataset=False,
-            max_completion_length=args.max_completion_length,
-            temperature=config.rollout.temperature,
-            beta=1.0,
-            learning_rate=config.training.learning_rate,
-            lr_scheduler_type="constant",
-            max_grad_norm=config.training.max_grad_norm,
-        ),
-        train_dataset=Dataset.from_dict({"prompt": rows}),
-        processing_class=tokenizer,
-    )
-    timer = TRLTimer(ours, args.warmup)
-    timer.attach(trainer)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    for name in PEERS if args.peer is None else [args.peer]:
+        arms[name] = Peer(name, student, teacher, [dataset_for(name, batch) for batch in batches], config, args, folder)
+    samples: Samples = {name: [] for name in arms}
+    for step in range(steps):
+        for name, arm in arms.items():
+            sample = arm.step(step)
+            if step >= args.warmup:
+                samples[name].append(sample)
     if torch.get_num_threads() != args.threads:
         raise RuntimeError(f"asked for {args.threads} threads, but the steps ran with {torch.get_num_threads()}")
-    return timer.samples
+    return samples
+
+
+def dataset_for(peer: str, prompts: Sequence[Prompt]) -> Dataset:
+    """Prompts as TRL's trainers take them. GKD's and GOLD's want an answer behind each, never read on policy."""
+    columns: dict[str, list[Any]] = {"prompt": [prompt.text for prompt in prompts]}
+    columns["prompt_ids"] = [list(prompt.token_ids) for prompt in prompts]
+    if peer != "DistillationTrainer":
+        columns["input_ids"] = [[*ids, ids[-1]] for ids in columns["prompt_ids"]]
+        columns["completion_mask"] = [[0] * len(ids) + [1] for ids in columns["prompt_ids"]]
+    return Dataset.from_dict(columns)
+
+
+def median_seconds(samples: Sequence[Mapping[str, float]]) -> float:
+    return statistics.median(sample["seconds"] for sample in samples)
 
 
 def ending_at(token: str, name: str, folder: Path) -> str:
@@ -263,7 +317,7 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table_of(case: str, summary: Mapping[str, Mapping[str, Any]], repeats: int) -> Table:
-    """One case as a table: medians, the spread of the seconds, and the share of TRL's time."""
+    """One case as a table: medians, the spread of the seconds, and the share of the fastest peer's time."""
     table = Table(title=f"{case}: seconds of a step, median of {repeats}", title_justify="left")
     for column in ("", "step", "min-max", "cpu", *PHASES, "tokens", "ms/token", "of TRL's", "min-max"):
         table.add_column(column, justify="left" if column == "" else "right")
@@ -290,17 +344,18 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16, help="prompts a step")
     parser.add_argument("--generations", type=int, default=4, help="rollouts of each prompt")
     parser.add_argument("--max-completion-length", type=int, default=340, help="most tokens of a response")
-    parser.add_argument("--trl-accumulation", type=int, default=8, help="micro-batches that TRL splits a step into")
+    parser.add_argument("--trl-accumulation", type=int, help="micro-batches that TRL splits a step into")
     parser.add_argument("--trl-checkpointing", action="store_true", help="gradient checkpointing, TRL's default")
     parser.add_argument("--trl-compile", action="store_true", help="torch_compile, off by default in TRL as in ours")
+    parser.add_argument("--peer", choices=PEERS, help="a single peer, instead of all")
     parser.add_argument("--only", help="part of the name of a case: leave the others out")
     parser.add_argument("--repeats", type=int, default=7, help="timed steps of each arm")
     parser.add_argument("--warmup", type=int, default=2, help="untimed steps of each arm before them")
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "1")))
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks/step_time.json"))
     args = parser.parse_args()
-    if args.prompts * args.generations % args.trl_accumulation:
-        parser.error("--trl-accumulation must divide prompts × generations")
+    if args.prompts * args.generations % (args.trl_accumulation or math.lcm(*PEERS.values())):
+        parser.error("the micro-batches of TRL's trainers must divide prompts × generations")
     if not any((args.only or "") in case for case in CASES):
         parser.error(f"--only {args.only}: no such case; there are {', '.join(CASES)}")
 
@@ -317,7 +372,8 @@ def main() -> None:
             if end is not None:
                 student, teacher = ending_at(end, student, work / "student"), ending_at(end, teacher, work / "teacher")
             samples = run_case(student, teacher, args, work)
-            cases[case] = {"summary": summarise(samples, TRL), "samples": samples}
+            fastest = min(set(samples) & set(PEERS), key=lambda peer: median_seconds(samples[peer]))
+            cases[case] = {"summary": summarise(samples, fastest), "samples": samples}
             console.print(table_of(case, cases[case]["summary"], args.repeats))
     about = environment(args)
     versions = {"python": about["python"], **about["versions"]}

@@ -46,7 +46,7 @@ def test_it_is_attention(rows, shared, group, size, length, unused, seed):
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_it_builds_for_every_kind_of_processor(capability, monkeypatch):
-    """torch's headers include one another in another way for each. A kind that this processor lacks builds as its own."""
+    """torch's headers include one another in another way for each. One that this processor lacks is not built."""
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", capability)
     _kernel.cache_clear()
     try:
@@ -86,7 +86,7 @@ def test_it_is_an_operator_that_the_compiler_can_trust():
     """Schema, shapes of its outputs, no hidden aliasing."""
     key, value = (states.float() for states in slots_of(2, 1, 4, 16, 0))
     seen = torch.ones(2, 4, dtype=torch.bool)
-    torch.library.opcheck(attend_one, (key.flatten(1, 2)[:, :2], key, value, seen, 0.5))
+    torch.library.opcheck(torch.ops.prune_opd.attend_one.default, (key.flatten(1, 2)[:, :2], key, value, seen, 0.5))
 
 
 @pytest.mark.parametrize("change", ["eager", "queries", "double", "size", "values"])

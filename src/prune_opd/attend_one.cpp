@@ -19,16 +19,23 @@ using Vec = at::vec::Vectorized<float>;
 namespace {
 
 constexpr int64_t LANES = Vec::size();
+constexpr int64_t AHEAD = 16;  // columns that are asked of memory before their turn
+constexpr int64_t LINE = 64 / sizeof(float);  // of a cache
 
 float sum_of(Vec parts) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, parts);
+}
+
+template <int64_t SIZE>
+void prefetch(const float* from) {
+  for (int64_t i = 0; i < SIZE; i += LINE) __builtin_prefetch(from + i);
 }
 
 // softmax(scale · query keysᵀ) values over the columns that `seen` allows. The head size is known to the compiler, so
 // that a query and its answer stay in registers.
 template <int64_t HEAD_SIZE>
 void attend(
-    const float* query, const float* keys, const float* values, const bool* seen, int64_t first, int64_t end,
+    const float* query, const float* keys, const float* values, const uint8_t* seen, int64_t first, int64_t end,
     float scale, float* scores, float* out) {
   static_assert(HEAD_SIZE % LANES == 0);
   constexpr int64_t SIZE = HEAD_SIZE / LANES;  // in vectors
@@ -40,6 +47,7 @@ void attend(
   float largest = -std::numeric_limits<float>::infinity();
   for (int64_t column = first; column < end; ++column) {
     const float* key = keys + column * HEAD_SIZE;
+    prefetch<HEAD_SIZE>(key + AHEAD * HEAD_SIZE);
     Vec product = asked[0] * Vec::loadu(key);
     for (int64_t i = 1; i < SIZE; ++i) product = at::vec::fmadd(asked[i], Vec::loadu(key + i * LANES), product);
     scores[column] = seen[column] ? sum_of(product) : -std::numeric_limits<float>::infinity();
@@ -59,6 +67,7 @@ void attend(
   }
   for (column = first; column < end; ++column) {
     const float* value = values + column * HEAD_SIZE;
+    prefetch<HEAD_SIZE>(value + AHEAD * HEAD_SIZE);
     const Vec share(scores[column]);
     for (int64_t i = 0; i < SIZE; ++i) answer[i] = at::vec::fmadd(share, Vec::loadu(value + i * LANES), answer[i]);
   }
@@ -70,7 +79,7 @@ void attend(
 // query, out (rows, shared · group, size) without gaps; keys and values (rows, shared, length, size), whose strides of
 // rows and heads are given; seen (rows, length). Returns whether there is code for this head size.
 extern "C" bool attend_one(
-    const float* query, const float* keys, const float* values, const bool* seen, float* out, int64_t rows,
+    const float* query, const float* keys, const float* values, const uint8_t* seen, float* out, int64_t rows,
     int64_t shared, int64_t group, int64_t length, int64_t size, int64_t row_stride, int64_t head_stride,
     float scale) {
   auto* attend_head = &attend<16>;
@@ -87,8 +96,8 @@ extern "C" bool attend_one(
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t stop) {
     std::vector<float> scores(length);
     for (int64_t row = begin; row < stop; ++row) {
-      const bool* row_seen = seen + row * length;
-      const int64_t first = std::find(row_seen, row_seen + length, true) - row_seen;
+      const uint8_t* row_seen = seen + row * length;
+      const int64_t first = std::find(row_seen, row_seen + length, 1) - row_seen;
       int64_t end = length;
       while (end > first && !row_seen[end - 1]) --end;
       for (int64_t head = 0; head < shared * group; ++head) {

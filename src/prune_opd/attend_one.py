@@ -28,14 +28,24 @@ def attends_one(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
-@torch.library.custom_op("prune_opd::attend_one", mutates_args=(), device_types="cpu")
 def attend_one(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> Tensor:
     """softmax(scale · q kᵀ) v over the columns that `seen` allows: (R, heads, size) float32, no gradient.
 
     query (R, heads, size) float32 · key, value (R, shared heads, length, size) float32, each column without gaps and of
-    the same strides · seen (R, length) bool, one column of each row at least. Columns before the first and after the
-    last that a row sees are not read.
+    the same strides · seen (R, length) bool, or uint8 of 0 and 1; one column of each row at least. Columns before the
+    first and after the last that a row sees are not read.
     """
+    return torch.ops.prune_opd.attend_one(query, key, value, seen, scale)
+
+
+# Not by `torch.library.custom_op`, whose wrappers around a call take longer than small calls.
+torch.library.define(
+    "prune_opd::attend_one", "(Tensor query, Tensor key, Tensor value, Tensor seen, float scale) -> Tensor"
+)
+
+
+@torch.library.impl("prune_opd::attend_one", "CPU")
+def _attend_one(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> Tensor:
     rows, heads, size = query.shape
     shared, length = key.shape[1:3]
     assert key.stride() == value.stride() and key.stride()[2:] == (size, 1), "keys and values lie otherwise"
@@ -47,7 +57,7 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: f
     return out
 
 
-@attend_one.register_fake
+@torch.library.register_fake("prune_opd::attend_one")
 def _(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> Tensor:
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 

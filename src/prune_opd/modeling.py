@@ -50,7 +50,8 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
     torch.fx.experimental._config.use_duck_shape = False  # or sizes that agree by chance would be taken for one
-    return torch.compile(function, dynamic=True, options={"guard_filter_fn": _guards})
+    torch._dynamo.config.specialize_float = True  # settings of a run: as inputs they would be tensors at each call
+    return torch.compile(function, dynamic=True, options={"guard_filter_fn": _guards, "size_asserts": False})
 
 
 def _guards(entries: Sequence[Any]) -> list[bool]:
@@ -111,7 +112,7 @@ def output_head(model: torch.nn.Module) -> OutputHead:
 def packed_inputs(model: torch.nn.Module, part: Packed) -> dict[str, Any]:
     """Keyword arguments for the body over packed rows (R, L): causal attention inside each rollout, none across."""
     place = torch.arange(part.input_ids.shape[-1], device=part.input_ids.device)
-    distance = (place[:, None] - place).expand(len(part.input_ids), -1, -1)
+    distance = (place[:, None] - place)[None]
     together = part.rollout_ids[:, :, None] == part.rollout_ids[:, None, :]
     return {
         "input_ids": part.input_ids,
@@ -171,8 +172,8 @@ def attended_by(model: torch.nn.Module, attention: str) -> Iterator[None]:
 def attention_mask(model: torch.nn.Module, visible: Tensor, distance: Tensor) -> Tensor | dict[str, Tensor]:
     """The mask that a Hugging Face model takes as it is: visible (R, q, keys) bool, with sliding windows applied.
 
-    distance (R, q, keys): query position minus key position, in tokens. Raises ModelError for layers that are neither
-    full nor sliding attention.
+    distance (R or 1, q, keys): query position minus key position, in tokens. Raises ModelError for layers that are
+    neither full nor sliding attention.
     """
     causal_lm = _causal_lm(model)
     config = causal_lm.config.get_text_config()

@@ -48,7 +48,8 @@ def slot_attention(
     rows, heads, queries, size = query.shape
     if attends_one(query, key, value):
         scale = size**-0.5 if scaling is None else scaling
-        return attend_one(query[:, :, 0], key, value, attention_mask[:, 0, 0], scale).unsqueeze(1), None
+        seen = attention_mask[:, 0, 0].to(torch.uint8)  # inductor is slow to write bool
+        return attend_one(query[:, :, 0], key, value, seen, scale).unsqueeze(1), None
     sharing = heads // key.shape[1]
     query = query.reshape(rows, key.shape[1], sharing * queries, -1)
     if queries > 1 and sharing > 1:

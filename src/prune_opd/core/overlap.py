@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 def shared_candidates(student_ids: Int[Tensor, "B T K"], teacher_ids: Int[Tensor, "B T J"]) -> Bool[Tensor, "B T K"]:
     """Which of the student's candidates are also among the teacher's. Ids within one position must be distinct."""
-    return (student_ids.unsqueeze(-1) == teacher_ids.unsqueeze(-2)).any(-1)
+    shared = torch.zeros_like(student_ids, dtype=torch.bool)
+    for teacher_id in teacher_ids.unbind(-1):  # so that there is never a (B, T, K, J)
+        shared |= student_ids == teacher_id.unsqueeze(-1)
+    return shared
 
 
 def topk_overlap(student_ids: Int[Tensor, "B T K"], teacher_ids: Int[Tensor, "B T K"]) -> Float[Tensor, "B T"]:

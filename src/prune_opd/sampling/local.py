@@ -321,13 +321,14 @@ class _Decode:
         """Read the last `stride` tokens of every slot; returns the slots whose rollouts have ended."""
         columns = self.position[:, None] + torch.arange(-stride, 0, device=self.device)
         leaving = []
-        for slot, tokens in enumerate(self.said.response_ids[self.seated[:, None], columns].tolist()):
-            b = self.seats[slot]
-            end = next((i for i, token in enumerate(tokens) if token in self.sampler.eos_ids), None)
-            said = stride if end is None else end + 1
+        eos_ids, spoken = self.sampler.eos_ids, self.said.response_ids[self.seated[:, None], columns].tolist()
+        for slot, (b, tokens) in enumerate(zip(self.seats, spoken, strict=True)):
+            said = stride
+            if not eos_ids.isdisjoint(tokens):
+                said = next(i for i, token in enumerate(tokens, 1) if token in eos_ids)
+                self.finished[b] = True
             self.lengths[b] += said
             self.generated += said
-            self.finished[b] = end is not None
             if self.finished[b] or self.lengths[b] == self.cap:
                 leaving.append(slot)
         return leaving

@@ -49,10 +49,10 @@ def rollout_record(
         "onset": int(drift.onset[row]),
         **({} if result.rewards is None else {"reward": _or_none(result.rewards[row].item())}),
         "token_ids": sampled,
-        "weight": _rounded(result.weight[row, :shown], 3),
+        "weight": _rounded(result.weight[row, :shown].tolist(), 3),
         "shared": shared[row, :shown].tolist(),
         "events": result.events[row, :shown].nonzero().flatten().tolist(),
-        "teacher_logprob": _rounded(scores.sampled_logprobs[row, :shown]),
+        "teacher_logprob": _rounded(scores.sampled_logprobs[row, :shown].tolist()),
         "student": student,
         "teacher": teacher,
         "texts": {str(v): token_text(tokenizer, v) for v in sorted(ids)},
@@ -68,13 +68,13 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
 def _candidates(topk: TopK, row: int, shown: int, count: int) -> dict[str, Any]:
     return {
         "ids": topk.ids[row, :shown, :count].tolist(),
-        "logprobs": [_rounded(at) for at in topk.logprobs[row, :shown, :count]],
+        "logprobs": [_rounded(at) for at in topk.logprobs[row, :shown, :count].tolist()],
     }
 
 
-def _rounded(values: Tensor | Iterable[float], digits: int = 2) -> list[float]:
+def _rounded(values: Iterable[float], digits: int = 2) -> list[float]:
     # A forbidden token has log-probability -inf, which JSON does not know.
-    return [round(max(float(v), -999.0), digits) + 0.0 for v in values]  # + 0.0: no "-0.0"
+    return [round(max(v, -999.0), digits) + 0.0 for v in values]  # + 0.0: no "-0.0"
 
 
 def _or_none(number: float) -> float | None:
