@@ -131,7 +131,8 @@ def packed_attention(
     queries go in blocks, and each block reads the keys up to its own end: 5/8 of the products.
     """
     length = query.shape[2]
-    if attention_mask is None or query.device.type != "cpu" or key.shape[2] != length or length < SHORT_ROW:
+    short = 2 * QUERY_BLOCKS if torch.compiler.is_compiling() else SHORT_ROW  # one block is compiled code of its own
+    if attention_mask is None or query.device.type != "cpu" or key.shape[2] != length or length < short:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
     bounds = [length * block // QUERY_BLOCKS for block in range(QUERY_BLOCKS + 1)]
     outputs = [
