@@ -207,7 +207,7 @@ class Peer(TrainerCallback):
         self.took = self.clock.stop()
 
     def _tokens(self, step: int) -> int:
-        """How many were sampled, up to each rollout's end; and from the prompts of ours, token for token, if any."""
+        """How many were sampled, each rollout up to its end. RuntimeError if from other prompts than ours were."""
         prompts, tokens, end = [], 0, self.trainer.processing_class.eos_token_id
         for input_ids, mask, sequences in self.sampled:
             prompts += [row[seen.bool()].tolist() for row, seen in zip(input_ids, mask, strict=True)]
@@ -319,7 +319,7 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
 def table_of(case: str, summary: Mapping[str, Mapping[str, Any]], repeats: int) -> Table:
     """One case as a table: medians, the spread of the seconds, and the share of the fastest peer's time."""
     table = Table(title=f"{case}: seconds of a step, median of {repeats}", title_justify="left")
-    for column in ("", "step", "min-max", "cpu", *PHASES, "tokens", "ms/token", "of TRL's", "min-max"):
+    for column in ("", "step", "min-max", "cpu", *PHASES, "tokens", "ms/token", "of fastest", "min-max"):
         table.add_column(column, justify="left" if column == "" else "right")
     for arm, row in summary.items():
         seconds, tokens = row["seconds"], row["tokens"]["median"]
