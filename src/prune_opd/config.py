@@ -12,11 +12,19 @@ import tomllib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from prune_opd.core.choices import AfterDrift, DriftMetric, LossName, Normalization, RewardWeightMode, TopKStrategy
+from prune_opd.core.choices import (
+    AfterDrift,
+    DriftMetric,
+    LossName,
+    Normalization,
+    RewardWeightMode,
+    TopKStrategy,
+    VocabularyLoss,
+)
 from prune_opd.errors import ConfigError
 
 
@@ -132,9 +140,9 @@ class ObjectiveSection(Section):
     jsd_beta: float = Field(0.5, gt=0, lt=1, description="Interpolation of the jsd loss.")
 
     @property
-    def runs_over_vocabulary(self) -> bool:
-        """Whether the loss needs all logits of both models, not those of a few tokens."""
-        return self.loss in ("forward_kl", "reverse_kl", "jsd")
+    def vocabulary_loss(self) -> VocabularyLoss | None:
+        """The loss, if it needs all logits of both models, not those of a few tokens."""
+        return cast(VocabularyLoss, self.loss) if self.loss in get_args(VocabularyLoss) else None
 
 
 class RewardSection(Section):
@@ -485,7 +493,7 @@ def _check_conflicts(config: Config, where: str) -> None:
                 f"{where}: model.teacher_server.top_logprobs = {served.top_logprobs} is below objective.top_k "
                 f"= {objective.top_k}: the teacher's candidates would be cut; raise it, and the servers' --max-logprobs"
             )
-        if objective.runs_over_vocabulary:
+        if objective.vocabulary_loss:
             raise ConfigError(
                 f"{where}: objective.loss = {objective.loss!r} needs the teacher's logits over the whole vocabulary, "
                 "which a server does not send; use topk_reverse_kl or sampled_token, or leave out "

@@ -28,6 +28,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,17 +37,16 @@ from torch import Tensor
 from prune_opd.config import Config, ObjectiveSection
 from prune_opd.controls import LengthSchedule, random_tokens
 from prune_opd.core.drift import DriftReport, drift_report
-from prune_opd.core.head import candidate_logprobs
+from prune_opd.core.head import candidate_logprobs, over_vocabulary
 from prune_opd.core.objective import (
     LossSums,
     candidates,
-    forward_kl,
+    divergence_terms,
     group_advantage,
-    jsd,
     policy_gradient,
-    reverse_kl,
     sampled_token_loss,
     topk_reverse_kl,
+    weighted_mean,
 )
 from prune_opd.core.window import TrainingWindow, WindowChange
 from prune_opd.correction import corrected
@@ -192,12 +192,14 @@ def prune_opd_step(
             with torch.autocast(device.type, torch.bfloat16, enabled=training.bf16):
                 hidden = states(student, packed_inputs(student, part))[part.row, part.column]
             part_weight, part_advantage = weight, advantage
-            at_candidates, at_sampled = student_logprobs(student, hidden, vocab_size, rollouts, scores, part, objective)
+            at_candidates, at_sampled = from_hidden(
+                student, hidden, vocab_size, rollouts, scores, part, teacher, objective
+            )
             if trainer_logprobs is not None:  # another policy sampled: how far is it from the policy that is trained?
                 trainer_logprobs[part.rollout, part.position] = at_sampled.detach()
                 part_weight, part_advantage = corrected(weight, advantage, rollouts, trainer_logprobs, config)
             of_teacher, of_task = loss_sums(
-                at_candidates, at_sampled, rollouts, scores, part_weight, part_advantage, part, teacher, objective
+                at_candidates, at_sampled, rollouts, scores, part_weight, part_advantage, part, objective
             )
             loss = teacher_factor * of_teacher.loss
             if of_task is not None and tokens:
@@ -277,25 +279,31 @@ def sample_rollouts(
     return Sampled(numbers, audit, in_flight, rollouts)
 
 
-def student_logprobs(
+def from_hidden(
     student: torch.nn.Module,
     hidden: Tensor,
     vocab_size: int,
     rollouts: Rollouts,
     scores: TeacherScores,
     part: Packed,
+    teacher: Teacher,
     objective: ObjectiveSection,
 ) -> tuple[Tensor, Tensor]:
-    """All that the losses need of the student, from hidden states (N, H), with gradient, in one pass of the head.
+    """All that the losses need of the student, from hidden states (N, H), with gradient, and never (N, V) of anything.
 
-    Log-probs (N, C) of the objective's candidates, or logits (N, V) where it runs over the whole vocabulary; and
-    log-probs (N,) of the sampled tokens.
+    Log-probs (N, C) of the objective's candidates, or divergences (N,) from the teacher where it runs over the whole
+    vocabulary; and log-probs (N,) of the sampled tokens.
     """
     where = part.rollout, part.position
     head, sampled = output_head(student), rollouts.response_ids[where].unsqueeze(-1)
-    if objective.runs_over_vocabulary:
-        logits = head.logits(hidden)[:, :vocab_size]
-        return logits, logits.gather(-1, sampled).squeeze(-1) - logits.logsumexp(-1)
+    if objective.vocabulary_loss:
+        divergences = over_vocabulary(
+            partial(divergence_terms, loss=objective.vocabulary_loss, beta=objective.jsd_beta),
+            (hidden, head),
+            teacher.before_head(part),
+            vocab_size=vocab_size,
+        )
+        return divergences, candidate_logprobs(hidden, head, sampled, vocab_size=vocab_size).squeeze(-1)
     assert rollouts.student is not None  # of no use to sampled_token, and free beside a pass over the vocabulary
     ids, _ = candidates(rollouts.student.ids[where][None], scores.topk.ids[where][None], objective.top_k_strategy)
     logprobs = candidate_logprobs(hidden, head, torch.cat([ids[0], sampled], dim=-1), vocab_size=vocab_size)
@@ -310,10 +318,9 @@ def loss_sums(
     weight: Tensor,
     advantage: Tensor | None,
     part: Packed,
-    teacher: Teacher,
     objective: ObjectiveSection,
 ) -> tuple[LossSums, LossSums | None]:
-    """Sums over the N kept tokens of a micro-batch, from what `student_logprobs` returns: the chosen objective's, and,
+    """Sums over the N kept tokens of a micro-batch, from what `from_hidden` returns: the chosen objective's, and,
     where there is an advantage (B, T), those of the policy gradient on the sampled tokens.
 
     Tensors of shape (N, ...) enter the objectives as (1, N, ...): one rollout of N tokens, all of them valid.
@@ -343,12 +350,8 @@ def loss_sums(
             )
         case "sampled_token":
             of_teacher = sampled_token_loss(at_sampled, scores.sampled_logprobs[where][None], mask, weights)
-        case "forward_kl":
-            of_teacher = forward_kl(at_candidates, teacher.logits(part)[None], mask, weights)
-        case "reverse_kl":
-            of_teacher = reverse_kl(at_candidates, teacher.logits(part)[None], mask, weights)
-        case "jsd":
-            of_teacher = jsd(at_candidates, teacher.logits(part)[None], mask, weights, beta=objective.jsd_beta)
+        case _:  # a divergence over the whole vocabulary
+            of_teacher = weighted_mean(at_candidates, mask, weights)
     if advantage is None:
         return of_teacher[1], None
     return of_teacher[1], policy_gradient(at_sampled, advantage[where][None], mask)[1]

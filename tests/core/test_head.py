@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+from functools import partial
+from typing import get_args
 
 import pytest
 import torch
@@ -12,14 +14,20 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from prune_opd.core import head as head_module
+from prune_opd.core.choices import VocabularyLoss
 from prune_opd.core.head import (
+    LOGIT_COPIES,
     OutputHead,
     candidate_logprobs,
     differentiable_head_statistics,
     head_statistics,
+    over_vocabulary,
 )
+from prune_opd.core.objective import divergence_terms
 
 N, H, V, K, C = 13, 6, 57, 4, 2
+
+VOCABULARY_LOSSES = get_args(VocabularyLoss)
 
 MATRIX_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
 
@@ -358,6 +366,49 @@ def test_never_more_than_a_chunk_of_logits_is_alive(train_head, softcap):
     beside = (weight.nbytes if train_head else 0) + 12 * ROW
     assert budget / 2 < counted.peak <= budget + beside
     assert counted.largest <= max(budget, weight.nbytes)
+
+
+def divergence(loss, student, teacher, vocab_size, chunk_bytes):
+    terms = partial(divergence_terms, loss=loss, beta=0.3)
+    return over_vocabulary(terms, student, teacher, vocab_size=vocab_size, chunk_bytes=chunk_bytes)
+
+
+@pytest.mark.parametrize("rows", [1, 5, N, 2 * N])
+@pytest.mark.parametrize("settings", TRANSFORMATIONS.values(), ids=TRANSFORMATIONS)
+@pytest.mark.parametrize("loss", VOCABULARY_LOSSES)
+def test_a_divergence_over_the_vocabulary_is_that_of_the_full_logits(loss, settings, rows):
+    """In chunks of any size, value and gradient; the ids beyond the shared vocabulary do not exist."""
+    (hidden, weight, bias), (theirs, their_weight, _) = tensors(bias=True), tensors(h=2 * H)
+    weights, shared = torch.rand(N, dtype=torch.float64), V - 3
+    chunk_bytes = rows * LOGIT_COPIES * shared * 8
+    got = divergence(
+        loss, (hidden, OutputHead(weight, bias, **settings)), (theirs, OutputHead(their_weight)), shared, chunk_bytes
+    )
+    logits, their_logits = full_logits(hidden, weight, bias, **settings), full_logits(theirs, their_weight)
+    want = divergence_terms(logits[:, :shared], their_logits[:, :shared], loss=loss, beta=0.3)
+    torch.testing.assert_close(got, want)
+    for ours, expected in zip(
+        torch.autograd.grad((weights * got).sum(), (hidden, weight, bias)),
+        torch.autograd.grad((weights * want).sum(), (hidden, weight, bias)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, expected)
+    assert not theirs.grad_fn and got.requires_grad
+
+
+@pytest.mark.parametrize("loss", VOCABULARY_LOSSES)
+def test_a_divergence_over_the_vocabulary_stays_within_the_budget(loss):
+    (hidden, weight, _), (theirs, their_weight, _) = (tensors(torch.float32, n=BIG_N, v=BIG_V) for _ in range(2))
+
+    def train(chunk_bytes):
+        student, teacher = (hidden, OutputHead(weight)), (theirs, OutputHead(their_weight))
+        return watch(lambda: divergence(loss, student, teacher, BIG_V, chunk_bytes).sum().backward(), BIG_V)
+
+    budget = 2 * LOGIT_COPIES * ROW
+    chunked, whole = train(budget), train(10**9)
+    heads = 2 * weight.nbytes  # its gradient, and that of a chunk
+    assert chunked.peak <= budget + heads + ROW
+    assert whole.peak > 0.6 * LOGIT_COPIES * BIG_N * ROW, "the bound of a chunk would be no news"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 
 from prune_opd.core.objective import (
     candidates,
+    divergence_terms,
     forward_kl,
     jsd,
     reverse_kl,
     sampled_token_loss,
     topk_reverse_kl,
     topk_reverse_kl_terms,
+    weighted_mean,
 )
 
 from . import reference
@@ -462,7 +464,9 @@ def test_unknown_names_are_refused():
     case = Case(29)
     inputs = *map(tensor, case.on_student_ids()), tensor(case.mask)
     with pytest.raises(ValueError, match="sequence_mean"):
-        inspect.unwrap(topk_reverse_kl)(*inputs, normalization="sequence_mean")
+        inspect.unwrap(weighted_mean)(inputs[0][..., 0], tensor(case.mask), normalization="sequence_mean")
+    with pytest.raises(ValueError, match="kl"):
+        inspect.unwrap(divergence_terms)(tensor(case.student_logits), tensor(case.teacher_logits), loss="kl")
     with pytest.raises(ValueError, match="student_q"):
         inspect.unwrap(topk_reverse_kl_terms)(*inputs[:2], inputs[0] < 0, reward_weight_mode="student_q")
     with pytest.raises(ValueError, match="both"):

@@ -12,6 +12,9 @@ backward then makes the logits once more for ∂/∂W, and not at all when the h
 way a matrix product with the vocabulary is done four times (head trained) or twice (frozen); plain autograd on full
 logits needs three or two.
 
+A divergence over the whole vocabulary needs every logit of both models, and leaves one number a position:
+`over_vocabulary` goes in chunks too, and makes their logits again in the backward.
+
 Letters: N positions, H hidden size, V vocabulary, K top-k, C ids that are asked for.
 """
 
@@ -22,14 +25,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from jaxtyping import Float, Int
 
 CHUNK_BYTES = 256 * 2**20
 """Default bound on the (rows, V) buffers that are alive at one time; a single row is taken in any case."""
+
+LOGIT_COPIES = 13
+"""(n, V) tensors that a divergence of two models holds in forward and backward together, at most: that of `jsd`."""
 
 _BLOCK = 64  # logits that share a maximum in _topk
 
@@ -48,10 +55,7 @@ class OutputHead:
     softcap: float | None = None
 
     def logits(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
-        """(N, V) logits, all of them at once and differentiable, for the objectives that need every one.
-
-        float32, or float64 from float64. The rest of this module never calls it.
-        """
+        """(N, V) logits, all of them at once and differentiable; float32, or float64 from float64."""
         weight, bias = self._rows(None, hidden.dtype)
         logits = (hidden @ weight.t()).to(_wide(hidden.dtype))
         if bias is not None:
@@ -155,6 +159,33 @@ def candidate_logprobs(
     return differentiable_head_statistics(
         hidden, head, top_k=0, ids=ids, vocab_size=vocab_size, chunk_bytes=chunk_bytes
     ).logprobs
+
+
+def over_vocabulary(
+    function: Callable[[Tensor, Tensor], Tensor],
+    student: tuple[Float[Tensor, "N H"], OutputHead],
+    teacher: tuple[Float[Tensor, "N D"], OutputHead],
+    *,
+    vocab_size: int,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Float[Tensor, " N"]:
+    """`function` of the logits (n, V) of student and teacher, a number (n,) for each position by itself.
+
+    With gradient to the student's hidden states and head. Where all positions need more than `chunk_bytes`, they go in
+    chunks whose logits are dropped and made again in the backward: one chunk of them is alive at a time.
+    """
+    (hidden, head), (teacher_hidden, teacher_head) = student, teacher
+
+    def of(hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
+        with torch.no_grad():
+            teacher_logits = teacher_head.logits(teacher_hidden)[:, :vocab_size]
+        return function(head.logits(hidden)[:, :vocab_size], teacher_logits)
+
+    rows = max(1, chunk_bytes // (LOGIT_COPIES * vocab_size * _wide(hidden.dtype).itemsize))
+    if len(hidden) <= rows:
+        return of(hidden, teacher_hidden)
+    chunks = zip(hidden.split(rows), teacher_hidden.split(rows), strict=True)
+    return torch.cat([checkpoint(of, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
 
 
 @dataclass

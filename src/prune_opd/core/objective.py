@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from prune_opd.core.choices import Normalization, RewardWeightMode, TopKStrategy
+from prune_opd.core.choices import Normalization, RewardWeightMode, TopKStrategy, VocabularyLoss
 from prune_opd.core.overlap import shared_candidates
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def topk_reverse_kl(
         candidate_mask = torch.ones_like(student_logprobs, dtype=torch.bool)
     counted = candidate_mask & mask.unsqueeze(-1)
     terms = topk_reverse_kl_terms(student_logprobs, teacher_logprobs, counted, reward_weight_mode=reward_weight_mode)
-    return _aggregate(terms, mask, weight, normalization)
+    return weighted_mean(terms, mask, weight, normalization)
 
 
 def topk_reverse_kl_terms(
@@ -149,7 +149,7 @@ def policy_gradient(
     """
     log_p = student_logprobs.masked_fill(~mask, 0)
     ratio = (log_p - log_p.detach()).exp()
-    return _aggregate(-advantage.detach().masked_fill(~mask, 0) * ratio, mask, weight, normalization)
+    return weighted_mean(-advantage.detach().masked_fill(~mask, 0) * ratio, mask, weight, normalization)
 
 
 def group_advantage(rewards: Float[Tensor, " B"], group_size: int) -> Float[Tensor, " B"]:
@@ -185,8 +185,8 @@ def forward_kl(
 
     Ordinary gradient in the student's logits: w_t (p - q). Source: Agarwal et al., GKD (arXiv 2306.13649).
     """
-    log_p, log_q = _full_logprobs(student_logits, teacher_logits, mask)
-    return _aggregate(_kl(log_q, log_p), mask, weight, normalization)
+    terms = divergence_terms(*_without_padding(student_logits, teacher_logits, mask), loss="forward_kl")
+    return weighted_mean(terms, mask, weight, normalization)
 
 
 def reverse_kl(
@@ -201,8 +201,8 @@ def reverse_kl(
 
     Ordinary gradient in the student's logits: w_t p (log p - log q - KL). Source: GKD (arXiv 2306.13649), MiniLLM.
     """
-    log_p, log_q = _full_logprobs(student_logits, teacher_logits, mask)
-    return _aggregate(_kl(log_p, log_q), mask, weight, normalization)
+    terms = divergence_terms(*_without_padding(student_logits, teacher_logits, mask), loss="reverse_kl")
+    return weighted_mean(terms, mask, weight, normalization)
 
 
 def jsd(
@@ -221,11 +221,33 @@ def jsd(
     """
     if not 0 < beta < 1:
         raise ValueError(f"jsd needs 0 < beta < 1, got {beta}; for the ends use forward_kl or reverse_kl by name")
-    log_p, log_q = _full_logprobs(student_logits, teacher_logits, mask)
-    log_beta, log_rest = torch.tensor([beta, 1 - beta], dtype=log_p.dtype, device=log_p.device).log()
-    # Floored: logaddexp of two -inf has a NaN gradient.
-    log_m = torch.logaddexp(log_q.clamp(min=LOGPROB_FLOOR) + log_beta, log_p.clamp(min=LOGPROB_FLOOR) + log_rest)
-    return _aggregate(beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m), mask, weight, normalization)
+    terms = divergence_terms(*_without_padding(student_logits, teacher_logits, mask), loss="jsd", beta=beta)
+    return weighted_mean(terms, mask, weight, normalization)
+
+
+def divergence_terms(
+    student_logits: Float[Tensor, "*N V"],
+    teacher_logits: Float[Tensor, "*N V"],
+    *,
+    loss: VocabularyLoss,
+    beta: float = 0.5,
+) -> Float[Tensor, "*N"]:
+    """`forward_kl`, `reverse_kl` or `jsd` position by position, before weights and mean."""
+    log_p, log_q = student_logits.log_softmax(-1), teacher_logits.detach().log_softmax(-1)
+    match loss:
+        case "forward_kl":
+            return _kl(log_q, log_p)
+        case "reverse_kl":
+            return _kl(log_p, log_q)
+        case "jsd":
+            log_beta, log_rest = torch.tensor([beta, 1 - beta], dtype=log_p.dtype, device=log_p.device).log()
+            # Floored: logaddexp of two -inf has a NaN gradient.
+            log_m = torch.logaddexp(
+                log_q.clamp(min=LOGPROB_FLOOR) + log_beta, log_p.clamp(min=LOGPROB_FLOOR) + log_rest
+            )
+            return beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m)
+        case _:
+            raise ValueError(f"unknown loss {loss!r}; one of forward_kl, reverse_kl, jsd")
 
 
 def _renormalise(logprobs: Tensor, counted: Tensor) -> Tensor:
@@ -233,10 +255,9 @@ def _renormalise(logprobs: Tensor, counted: Tensor) -> Tensor:
     return logprobs.masked_fill(~counted, -torch.inf).softmax(-1).nan_to_num(nan=0)
 
 
-def _full_logprobs(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _without_padding(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     padding = ~mask.unsqueeze(-1)
-    log_p = student_logits.masked_fill(padding, 0).log_softmax(-1)
-    return log_p, teacher_logits.detach().masked_fill(padding, 0).log_softmax(-1)
+    return student_logits.masked_fill(padding, 0), teacher_logits.masked_fill(padding, 0)
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -244,9 +265,13 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (log_a.exp() * (log_a.clamp(min=LOGPROB_FLOOR) - log_b.clamp(min=LOGPROB_FLOOR))).sum(-1)
 
 
-def _aggregate(
-    per_token: Tensor, mask: Tensor, weight: Tensor | None, normalization: Normalization
-) -> tuple[Tensor, LossSums]:
+def weighted_mean(
+    per_token: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    weight: Float[Tensor, "B T"] | None = None,
+    normalization: Normalization = "token_mean",
+) -> tuple[Float[Tensor, ""], LossSums]:
+    """The mean of losses given position by position, Σ w_t loss_t over valid tokens divided as `normalization` says."""
     if normalization not in ("token_mean", "weight_mean"):
         raise ValueError(f"unknown weight normalisation {normalization!r}; one of token_mean, weight_mean")
     weight = mask.to(per_token.dtype) if weight is None else weight.detach().masked_fill(~mask, 0)

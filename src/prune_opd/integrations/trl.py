@@ -43,7 +43,7 @@ from prune_opd.events import drift_events
 from prune_opd.inflight import InFlightStop, audited
 from prune_opd.modeling import hidden_states, packed_inputs
 from prune_opd.sampling.base import Span
-from prune_opd.step import loss_sums, student_logprobs
+from prune_opd.step import from_hidden, loss_sums
 from prune_opd.teachers.local import LocalTeacher
 from prune_opd.tracking.metrics import Stopwatch, distillation_metrics
 from prune_opd.training.models import check_token_maps, shared_vocab_size
@@ -272,12 +272,17 @@ class PruneDistillationTrainer(DistillationTrainer):
         loss = torch.zeros((), device=mask.device)
         for part in pack(mine, token_budget=mask.numel() + sum(map(len, mine.prompts))):
             hidden = hidden_states(unwrapped_student, packed_inputs(unwrapped_student, part))[part.row, part.column]
-            logprobs = student_logprobs(
-                unwrapped_student, hidden, self.shared_vocab, batch.rollouts, batch.scores, part, self.objective
+            found = from_hidden(
+                unwrapped_student,
+                hidden,
+                self.shared_vocab,
+                batch.rollouts,
+                batch.scores,
+                part,
+                self.teacher,
+                self.objective,
             )
-            sums, _ = loss_sums(
-                *logprobs, batch.rollouts, batch.scores, batch.weight, None, part, self.teacher, self.objective
-            )
+            sums, _ = loss_sums(*found, batch.rollouts, batch.scores, batch.weight, None, part, self.objective)
             loss = loss + sums.loss
         tokens = mine.response_mask.sum()
         assert batch.rollouts.student is not None

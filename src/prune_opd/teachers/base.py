@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from prune_opd.core.head import OutputHead
 from prune_opd.sampling.base import Span
 from prune_opd.types import Packed, Rollouts, TeacherScores, TopK
 
@@ -34,8 +35,11 @@ class Teacher(Protocol):
         """The teacher's top-k, and its log-probabilities at the student's candidates and at the sampled tokens."""
         ...
 
-    def logits(self, part: Packed) -> Tensor:
-        """Full-vocabulary logits (N, V) float32 at the kept tokens of a micro-batch, for the losses that need them."""
+    def before_head(self, part: Packed) -> tuple[Tensor, OutputHead]:
+        """Hidden states (N, H) at the kept tokens of a micro-batch, and the head that makes logits of them.
+
+        For the losses over the whole vocabulary.
+        """
         ...
 
     def stream(self, prompts: Sequence[Sequence[int]], length: int, *, top_k: int, slots: int) -> TeacherStream:

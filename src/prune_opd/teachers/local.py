@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prune_opd.core.head import head_statistics
+from prune_opd.core.head import OutputHead, head_statistics
 from prune_opd.modeling import PACKED_ATTENTION, attended_by, compiled, hidden_states, output_head, packed_inputs
 from prune_opd.sampling.base import Span
 from prune_opd.slots import SLOT_ATTENTION, SlotCache
@@ -43,9 +43,9 @@ class LocalTeacher:
         return LocalStream(self, prompts, length, top_k=top_k, slots=slots)
 
     @torch.no_grad()
-    def logits(self, part: Packed) -> Tensor:
-        """Full-vocabulary logits (N, V) float32 at the kept tokens of a micro-batch, for the losses that need them."""
-        return self.head.logits(self._packed_states(part))[:, : self.vocab_size]
+    def before_head(self, part: Packed) -> tuple[Tensor, OutputHead]:
+        """See `Teacher.before_head`."""
+        return self._packed_states(part), self.head
 
     def read(self, scores: TeacherScores, rollouts: Rollouts) -> None:
         """Fill in the scores of all kept tokens, in packed forwards of whole rollouts."""

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from prune_opd.core.head import OutputHead
 from prune_opd.errors import ModelError, ServerError, TokenizerError
 from prune_opd.sampling.base import Span
 from prune_opd.sampling.weights import probe_ids
@@ -97,7 +98,7 @@ class ServedTeacher:
         self.servers.doubt()
         return ServedStream(self, prompts, top_k)
 
-    def logits(self, part: Packed) -> Tensor:
+    def before_head(self, part: Packed) -> tuple[Tensor, OutputHead]:
         """Not to be had over this API; the configuration refuses the losses that need it."""
         raise AssertionError("full-vocabulary losses are refused with a served teacher")
 

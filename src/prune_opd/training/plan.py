@@ -25,10 +25,6 @@ from prune_opd.errors import ModelError
 from prune_opd.training.models import add_adapters, log_remote_code, resolve_device, resolve_model
 from prune_opd.types import default_token_budget
 
-# Losses over the full vocabulary hold this many (N, V) float32 tensors together in forward and backward, the logits of
-# student and teacher included. tests/training/test_plan.py counts them.
-FULL_LOGIT_COPIES = {"forward_kl": 8, "reverse_kl": 8, "jsd": 13}
-
 
 @dataclass(frozen=True)
 class Memory:
@@ -278,7 +274,7 @@ def estimate_memory(config: Config) -> Memory:
         activations=activation_bytes(
             student_config, settings, rows, width, bf16=training.bf16, recompute=training.gradient_checkpointing
         ),
-        logits=_logit_bytes(config, student_config, teacher_config, rows * response),
+        logits=_logit_bytes(config, student_config),
         cache_training=0
         if sampled_elsewhere
         else _cache_bytes(student_config, config.rollout.dtype or settings.dtype, rollouts_at_once(config), width),
@@ -418,13 +414,10 @@ def _network(model_config: PretrainedConfig, settings: ModelSection, dtype: str)
         )
 
 
-def _logit_bytes(config: Config, student: PretrainedConfig, teacher: PretrainedConfig, tokens: int) -> int:
-    """Top-k losses make logits in chunks, and a gradient of the head beside the one that it is added to."""
-    shapes = student.get_text_config(), teacher.get_text_config()
-    copies = FULL_LOGIT_COPIES.get(config.objective.loss)
-    if copies is not None:
-        return copies * tokens * min(shape.vocab_size for shape in shapes) * 4
-    head = 0 if config.model.lora is not None else shapes[0].vocab_size * shapes[0].hidden_size * 4
+def _logit_bytes(config: Config, student: PretrainedConfig) -> int:
+    """Losses make logits in chunks, and a gradient of the head beside the one that it is added to."""
+    shape = student.get_text_config()
+    head = 0 if config.model.lora is not None else shape.vocab_size * shape.hidden_size * 4
     return CHUNK_BYTES + head
 
 
