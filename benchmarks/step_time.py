@@ -20,6 +20,7 @@ compiled too, as their own setting does it.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -263,6 +264,8 @@ def run_case(student: str, teacher: str, args: argparse.Namespace, folder: Path)
     for name in PEERS if args.peer is None else [args.peer]:
         arms[name] = Peer(name, student, teacher, [dataset_for(name, batch) for batch in batches], config, args, folder)
     samples: Samples = {name: [] for name in arms}
+    gc.collect()
+    gc.freeze()  # or whoever happens to start a collection would pay for the objects of all arms
     for step in range(steps):
         for name, arm in arms.items():
             sample = arm.step(step)
