@@ -219,8 +219,6 @@ def jsd(
     0 < β < 1, else ValueError: the ends are zero, not the KLs; those are `forward_kl` and `reverse_kl`.
     Ordinary autograd gradient, in the student's logits. Source: GKD (arXiv 2306.13649), eq. 1.
     """
-    if not 0 < beta < 1:
-        raise ValueError(f"jsd needs 0 < beta < 1, got {beta}; for the ends use forward_kl or reverse_kl by name")
     terms = divergence_terms(*_without_padding(student_logits, teacher_logits, mask), loss="jsd", beta=beta)
     return weighted_mean(terms, mask, weight, normalization)
 
@@ -240,6 +238,10 @@ def divergence_terms(
         case "reverse_kl":
             return _kl(log_p, log_q)
         case "jsd":
+            if not 0 < beta < 1:
+                raise ValueError(
+                    f"jsd needs 0 < beta < 1, got {beta}; for the ends use forward_kl or reverse_kl by name"
+                )
             log_beta, log_rest = torch.tensor([beta, 1 - beta], dtype=log_p.dtype, device=log_p.device).log()
             # Floored: logaddexp of two -inf has a NaN gradient.
             log_m = torch.logaddexp(
