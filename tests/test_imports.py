@@ -56,7 +56,9 @@ def test_the_configuration_needs_no_torch():
 
 @pytest.mark.parametrize("path", CORE_FILES, ids=lambda p: p.stem)
 def test_core_imports_torch_and_nothing_else(path):
-    assert [m for m in runtime_imports(ast.parse(path.read_text())) if not is_allowed_in_core(m)] == []
+    beside = {"liger": ["liger_kernel.ops.fused_linear_cross_entropy"]}  # imported where it is called
+    foreign = [m for m in runtime_imports(ast.parse(path.read_text())) if not is_allowed_in_core(m)]
+    assert foreign == beside.get(path.stem, [])
 
 
 def test_the_import_check_sees_what_it_should():

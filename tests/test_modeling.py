@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import transformers
@@ -9,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from prune_opd.core.head import differentiable_head_statistics, head_statistics
 from prune_opd.errors import ModelError
-from prune_opd.modeling import hidden_states, output_head
+from prune_opd.modeling import check_liger, hidden_states, output_head
 
 V, H, K = 61, 16, 5
 SMALL = {
@@ -168,3 +170,11 @@ def test_the_probe_runs_once_a_model_and_under_autocast_as_well():
         heads = [output_head(model) for _ in range(3)]
     assert len(forwards) == 1
     assert all(head.weight is model.lm_head.weight and head.scale == 1 / 7 for head in heads)
+
+
+def test_a_fused_head_without_its_kernels_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    for name in [name for name in sys.modules if name.startswith("liger_kernel.")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ModelError, match=r"liger_head.*\n.*prune-opd\[liger\]"):
+        check_liger(torch.nn.Linear(1, 1))

@@ -66,6 +66,9 @@ class ModelSection(Section):
     compile: bool = Field(
         False, description="torch.compile for decoding, scoring and the update: slow to start, faster from then on."
     )
+    liger_head: bool = Field(
+        False, description="The update's log-probs by Liger's fused kernel: a CUDA GPU and prune-opd[liger]."
+    )
     trust_remote_code: bool = Field(False, description="Run model code that ships with a checkpoint.")
     lora: LoraSection | None = Field(None, description="Train adapters instead of all weights.")
     teacher_model_server_url: str | list[str] | None = Field(

@@ -82,6 +82,30 @@ def check_compiler(device: torch.device) -> None:
             ) from error
 
 
+def check_liger(model: torch.nn.Module) -> None:
+    """ModelError where core/liger.py cannot serve this model. Triton's interpreter runs it on a CPU, for tests."""
+    try:
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as _  # noqa: F401
+        from triton import knobs
+    except ImportError as error:
+        raise ModelError(
+            f"model.liger_head = true needs Liger's kernels, and they cannot be imported: {error}\n"
+            "Install them with pip install 'prune-opd[liger]', or take model.liger_head out"
+        ) from error
+    head = output_head(model)
+    device = head.weight.device
+    if device.type != "cuda" and not knobs.runtime.interpret:
+        raise ModelError(
+            f"model.liger_head = true runs on a CUDA device, and this is {device.type}: take it out, the chunked head "
+            "of torch computes the same"
+        )
+    if head.softcap is not None:
+        raise ModelError(
+            f"model.liger_head = true was not verified for heads that cap their logits, as that of "
+            f"{type(_causal_lm(model)).__name__} does: take it out"
+        )
+
+
 def output_head(model: torch.nn.Module) -> OutputHead:
     """The head of a causal LM, verified: on a probe it gave the same logits as the model itself.
 

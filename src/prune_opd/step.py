@@ -193,7 +193,7 @@ def prune_opd_step(
                 hidden = states(student, packed_inputs(student, part))[part.row, part.column]
             part_weight, part_advantage = weight, advantage
             at_candidates, at_sampled = from_hidden(
-                student, hidden, vocab_size, rollouts, scores, part, teacher, objective
+                student, hidden, vocab_size, rollouts, scores, part, teacher, objective, liger=config.model.liger_head
             )
             if trainer_logprobs is not None:  # another policy sampled: how far is it from the policy that is trained?
                 trainer_logprobs[part.rollout, part.position] = at_sampled.detach()
@@ -288,13 +288,16 @@ def from_hidden(
     part: Packed,
     teacher: Teacher,
     objective: ObjectiveSection,
+    *,
+    liger: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """All that the losses need of the student, from hidden states (N, H), with gradient, and never (N, V) of anything.
 
     Log-probs (N, C) of the objective's candidates, or divergences (N,) from the teacher where it runs over the whole
-    vocabulary; and log-probs (N,) of the sampled tokens.
+    vocabulary; and log-probs (N,) of the sampled tokens. liger: by its kernel where it can, on a GPU.
     """
     where = part.rollout, part.position
+    logprobs_at = partial(candidate_logprobs, vocab_size=vocab_size, liger=liger)
     head, sampled = output_head(student), rollouts.response_ids[where].unsqueeze(-1)
     if objective.vocabulary_loss:
         divergences = over_vocabulary(
@@ -303,10 +306,10 @@ def from_hidden(
             teacher.before_head(part),
             vocab_size=vocab_size,
         )
-        return divergences, candidate_logprobs(hidden, head, sampled, vocab_size=vocab_size).squeeze(-1)
+        return divergences, logprobs_at(hidden, head, sampled).squeeze(-1)
     assert rollouts.student is not None  # of no use to sampled_token, and free beside a pass over the vocabulary
     ids, _ = candidates(rollouts.student.ids[where][None], scores.topk.ids[where][None], objective.top_k_strategy)
-    logprobs = candidate_logprobs(hidden, head, torch.cat([ids[0], sampled], dim=-1), vocab_size=vocab_size)
+    logprobs = logprobs_at(hidden, head, torch.cat([ids[0], sampled], dim=-1))
     return logprobs[:, :-1], logprobs[:, -1]
 
 

@@ -106,6 +106,30 @@ def test_a_step_is_the_method(settings):
     torch.testing.assert_close(gradients(student).cpu().double(), gradient, rtol=1e-3, atol=1e-5)
 
 
+def test_a_step_by_ligers_kernel_is_the_same_step():
+    """Its numbers against float64 are in tests/core/test_liger.py, which runs on the device where there is one."""
+    pytest.importorskip("liger_kernel", reason="make setup-liger installs it")
+    found = []
+    for liger in (False, True):
+        config = config_of(**{"model.liger_head": liger})
+        student = tiny_model("qwen3", seed=3).to(DEVICE).train()
+        result = prune_opd_step(
+            step=0,
+            prompts=tiny_prompts(),
+            student=student,
+            sampler=LocalSampler(student, pad_id=PAD, eos_ids=[EOS], vocab_size=VOCAB, slots=3),
+            teacher=LocalTeacher(related(tiny_model("qwen3", seed=3)).to(DEVICE), vocab_size=VOCAB),
+            optimizer=build_optimizer(student, config)[0],
+            window=build_window(config),
+            vocab_size=VOCAB,
+            config=config,
+        )
+        found.append((result.loss, gradients(student)))
+    (loss, gradient), (of_liger, gradient_of_liger) = found
+    assert of_liger == pytest.approx(loss, rel=1e-4)
+    torch.testing.assert_close(gradient_of_liger, gradient, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_a_step_of_12k_tokens_at_the_shape_of_qwen3_1_7b(tmp_path):
     command = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--rollouts", "1", "--repeats", "1"]

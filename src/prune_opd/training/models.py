@@ -18,7 +18,7 @@ from transformers import (
 
 from prune_opd.config import Config, LoraSection, ModelSection
 from prune_opd.errors import ModelError, TokenizerError
-from prune_opd.modeling import check_compiler
+from prune_opd.modeling import check_compiler, check_liger
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +79,8 @@ def load_student(config: Config, device: torch.device) -> PreTrainedModel:
     model = load_model(settings.model_name_or_path, settings, dtype=settings.dtype, device=device)
     if settings.lora is not None:
         model = add_adapters(model, settings.lora)
+    if settings.liger_head:
+        check_liger(model)
     if config.training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
