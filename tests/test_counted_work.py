@@ -125,6 +125,14 @@ def test_the_heads_pass_for_the_loss_also_says_how_far_another_policy_is():
     assert result.trainer_logprobs is not None and other == own
 
 
+def test_a_divergence_over_the_vocabulary_takes_one_pass_of_each_head():
+    """The sampled token's log-probs come of the same logits. One chunk holds them all, so none are made again."""
+    result, *_, rows = counted_step(**{"objective.loss": "reverse_kl"})
+    kept, scored = int(result.rollouts.lengths.sum()), result.scores.scored
+    assert rows[STUDENT] == result.rollouts.generated + kept
+    assert rows[TEACHER] == scored + kept  # scored for drift, and again for the loss
+
+
 def test_rollouts_that_ended_before_a_look_are_read_packed_as_without_one():
     """Watching costs nothing where there is nothing to stop: the forwards of the teacher are those of the update."""
     settings = IN_FLIGHT | {"pruning.in_flight.chunk": 100, "pruning.in_flight.audit_share": 1.0}

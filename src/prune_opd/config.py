@@ -453,6 +453,9 @@ def settings_without_effect(config: Config) -> Iterator[tuple[str, str]]:
     if objective.loss != "jsd":
         for name in written(objective, "objective", "jsd_beta"):
             yield name, f"loss is {objective.loss}"
+    if objective.vocabulary_loss:
+        for name in written(config.model, "model", "liger_head"):
+            yield name, f"loss is {objective.loss}, which needs all logits"
     if not pruning.reweight:
         for name in written(pruning, "pruning", "w_base") if pruning.enable else ():
             yield name, "pruning.reweight is false"

@@ -294,22 +294,23 @@ def from_hidden(
     """All that the losses need of the student, from hidden states (N, H), with gradient, and never (N, V) of anything.
 
     Log-probs (N, C) of the objective's candidates, or divergences (N,) from the teacher where it runs over the whole
-    vocabulary; and log-probs (N,) of the sampled tokens. liger: by its kernel where it can, on a GPU.
+    vocabulary; and log-probs (N,) of the sampled tokens. liger: the candidates' by Liger's kernel.
     """
     where = part.rollout, part.position
-    logprobs_at = partial(candidate_logprobs, vocab_size=vocab_size, liger=liger)
     head, sampled = output_head(student), rollouts.response_ids[where].unsqueeze(-1)
     if objective.vocabulary_loss:
-        divergences = over_vocabulary(
+        divergences, at_sampled = over_vocabulary(
             partial(divergence_terms, loss=objective.vocabulary_loss, beta=objective.jsd_beta),
             (hidden, head),
             teacher.before_head(part),
+            sampled,
             vocab_size=vocab_size,
         )
-        return divergences, logprobs_at(hidden, head, sampled).squeeze(-1)
+        return divergences, at_sampled.squeeze(-1)
     assert rollouts.student is not None  # of no use to sampled_token, and free beside a pass over the vocabulary
     ids, _ = candidates(rollouts.student.ids[where][None], scores.topk.ids[where][None], objective.top_k_strategy)
-    logprobs = logprobs_at(hidden, head, torch.cat([ids[0], sampled], dim=-1))
+    ids = torch.cat([ids[0], sampled], dim=-1)
+    logprobs = candidate_logprobs(hidden, head, ids, vocab_size=vocab_size, liger=liger)
     return logprobs[:, :-1], logprobs[:, -1]
 
 

@@ -369,8 +369,9 @@ def test_never_more_than_a_chunk_of_logits_is_alive(train_head, softcap):
 
 
 def divergence(loss, student, teacher, vocab_size, chunk_bytes):
-    terms = partial(divergence_terms, loss=loss, beta=0.3)
-    return over_vocabulary(terms, student, teacher, vocab_size=vocab_size, chunk_bytes=chunk_bytes)
+    """And the log-probs at the first ids."""
+    terms, ids = partial(divergence_terms, loss=loss, beta=0.3), torch.arange(C).expand(len(student[0]), C)
+    return over_vocabulary(terms, student, teacher, ids, vocab_size=vocab_size, chunk_bytes=chunk_bytes)
 
 
 @pytest.mark.parametrize("rows", [1, 5, N, 2 * N])
@@ -379,17 +380,19 @@ def divergence(loss, student, teacher, vocab_size, chunk_bytes):
 def test_a_divergence_over_the_vocabulary_is_that_of_the_full_logits(loss, settings, rows):
     """In chunks of any size, value and gradient; the ids beyond the shared vocabulary do not exist."""
     (hidden, weight, bias), (theirs, their_weight, _) = tensors(bias=True), tensors(h=2 * H)
-    weights, shared = torch.rand(N, dtype=torch.float64), V - 3
+    weights, at_weights, shared = torch.rand(N).double(), torch.rand(N, C).double(), V - 3
     chunk_bytes = rows * LOGIT_COPIES * shared * 8
-    got = divergence(
+    got, at = divergence(
         loss, (hidden, OutputHead(weight, bias, **settings)), (theirs, OutputHead(their_weight)), shared, chunk_bytes
     )
     logits, their_logits = full_logits(hidden, weight, bias, **settings), full_logits(theirs, their_weight)
     want = divergence_terms(logits[:, :shared], their_logits[:, :shared], loss=loss, beta=0.3)
+    want_at = logits[:, :shared].log_softmax(-1)[:, :C]
     torch.testing.assert_close(got, want)
+    torch.testing.assert_close(at, want_at)
     for ours, expected in zip(
-        torch.autograd.grad((weights * got).sum(), (hidden, weight, bias)),
-        torch.autograd.grad((weights * want).sum(), (hidden, weight, bias)),
+        torch.autograd.grad((weights * got).sum() + (at_weights * at).sum(), (hidden, weight, bias)),
+        torch.autograd.grad((weights * want).sum() + (at_weights * want_at).sum(), (hidden, weight, bias)),
         strict=True,
     ):
         torch.testing.assert_close(ours, expected)
@@ -402,7 +405,7 @@ def test_a_divergence_over_the_vocabulary_stays_within_the_budget(loss):
 
     def train(chunk_bytes):
         student, teacher = (hidden, OutputHead(weight)), (theirs, OutputHead(their_weight))
-        return watch(lambda: divergence(loss, student, teacher, BIG_V, chunk_bytes).sum().backward(), BIG_V)
+        return watch(lambda: divergence(loss, student, teacher, BIG_V, chunk_bytes)[0].sum().backward(), BIG_V)
 
     budget = 2 * LOGIT_COPIES * ROW
     chunked, whole = train(budget), train(10**9)

@@ -174,27 +174,32 @@ def over_vocabulary(
     function: Callable[[Tensor, Tensor], Tensor],
     student: tuple[Float[Tensor, "N H"], OutputHead],
     teacher: tuple[Float[Tensor, "N D"], OutputHead],
+    ids: Int[Tensor, "N C"],
     *,
     vocab_size: int,
     chunk_bytes: int = CHUNK_BYTES,
-) -> Float[Tensor, " N"]:
-    """`function` of the logits (n, V) of student and teacher, a number (n,) for each position by itself.
+) -> tuple[Float[Tensor, " N"], Float[Tensor, "N C"]]:
+    """`function` of the logits (n, V) of student and teacher, a number (n,) for each position by itself; and the
+    student's log-probs at `ids`, of the same logits.
 
     With gradient to the student's hidden states and head. Where all positions need more than `chunk_bytes`, they go in
     chunks whose logits are dropped and made again in the backward: one chunk of them is alive at a time.
     """
     (hidden, head), (teacher_hidden, teacher_head) = student, teacher
 
-    def of(hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
+    def of(hidden: Tensor, teacher_hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             teacher_logits = teacher_head.logits(teacher_hidden)[:, :vocab_size]
-        return function(head.logits(hidden)[:, :vocab_size], teacher_logits)
+        logits = head.logits(hidden)[:, :vocab_size]
+        return function(logits, teacher_logits), logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)
 
     rows = max(1, chunk_bytes // (LOGIT_COPIES * vocab_size * _wide(hidden.dtype).itemsize))
     if len(hidden) <= rows:
-        return of(hidden, teacher_hidden)
-    chunks = zip(hidden.split(rows), teacher_hidden.split(rows), strict=True)
-    return torch.cat([checkpoint(of, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
+        return of(hidden, teacher_hidden, ids)
+    chunks = zip(hidden.split(rows), teacher_hidden.split(rows), ids.split(rows), strict=True)
+    parts = [checkpoint(of, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    values, logprobs = zip(*parts, strict=True)
+    return torch.cat(values), torch.cat(logprobs)
 
 
 @dataclass
