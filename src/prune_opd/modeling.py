@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from prune_opd.attend_rows import attend_rows, attends_rows
 from prune_opd.core.head import OutputHead
 from prune_opd.errors import ModelError
 from prune_opd.types import Packed
@@ -152,8 +153,12 @@ def packed_attention(
 
     query (R, heads, L, head size) · key, value (R, shared heads, L, head size) · attention_mask (R, 1, L, L) bool, or
     None. No token sees a later one, but torch's kernel on a CPU multiplies with all keys, whatever the mask says. So
-    queries go in blocks, and each block reads the keys up to its own end: 5/8 of the products.
+    queries go in blocks, and each block reads the keys up to its own end: 5/8 of the products. Compiled code has a
+    kernel that leaves out all that is not seen.
     """
+    if attention_mask is not None and attends_rows(query, key, dropout=others.get("dropout", 0.0)):
+        scale = query.shape[3] ** -0.5 if others.get("scaling") is None else others["scaling"]
+        return attend_rows(query, key, value, attention_mask[:, 0], scale), None
     length = query.shape[2]
     short = 2 * QUERY_BLOCKS if torch.compiler.is_compiling() else SHORT_ROW  # one block is compiled code of its own
     if attention_mask is None or query.device.type != "cpu" or key.shape[2] != length or length < short:

@@ -1,12 +1,15 @@
-"""A decode step with the slots' attention and with transformers' `sdpa`, where heads share keys; and the kernel alone.
+"""A decode step with the slots' attention and with transformers' `sdpa`, where heads share keys; and the kernels alone.
 
-    python benchmarks/decode_attention.py
+    python benchmarks/attention.py
 
 A model in the shape of SmolLM2-135M with random weights in float32: 30 layers, nine query heads on three heads of keys.
 16 rows decode one token each, all at the same context, through the same cache; the two alternate.
 
 Then the attention alone, in the shape of the embedded pair (64 rows, two layers of four heads of 32): torch's kernel,
 the one for compiled code (`attend_one`), and a sum over the same keys and values, which is what reading them takes.
+
+And that of packed rows in the same shape, forward and backward, one layer: torch's kernel, the same with queries in
+blocks (what an update does that is not compiled), and the one for compiled code (`attend_rows`).
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prune_opd.attend_one import attend_one
-from prune_opd.modeling import output_head
+from prune_opd.attend_rows import attend_rows
+from prune_opd.modeling import output_head, packed_attention
 from prune_opd.sampling.local import Said, decode
 from prune_opd.slots import SLOT_ATTENTION, SlotCache
 from prune_opd.types import TopK
@@ -89,10 +93,12 @@ def main() -> None:
         )
         ratio = statistics.median(a / b for a, b in zip(*taken.values(), strict=True))
         print(f"context {context:5}: {columns}   ratio {ratio:.2f}")
-    attention_alone(arguments.repeats)
+    attention_of_one(arguments.repeats)
+    with torch.enable_grad():
+        attention_of_rows(arguments.repeats)
 
 
-def attention_alone(repeats: int, rows: int = 64, heads: int = 4, size: int = 32, columns: int = 386) -> None:
+def attention_of_one(repeats: int, rows: int = 64, heads: int = 4, size: int = 32, columns: int = 386) -> None:
     """Milliseconds of two layers' attention of one token a row, by context."""
     layers = [[torch.randn(rows, heads, columns, size) for _ in range(2)] for _ in range(2)]
     query = torch.randn(rows, heads, size)
@@ -113,7 +119,38 @@ def attention_alone(repeats: int, rows: int = 64, heads: int = 4, size: int = 32
                 taken[name] += [(time.perf_counter() - began) * 1e3][: repeat > 2]
         text = "   ".join(f"{name} {statistics.median(found):.2f}" for name, found in taken.items())
         ratio = statistics.median(a / b for a, b in zip(taken["sdpa"], taken["attend_one"], strict=True))
-        print(f"attention alone, context {context:5}: {text} ms   sdpa / attend_one {ratio:.2f}")
+        print(f"attention of one, context {context:5}: {text} ms   sdpa / attend_one {ratio:.2f}")
+
+
+def attention_of_rows(repeats: int, rows: int = 5, heads: int = 4, size: int = 32) -> None:
+    """Milliseconds forward and backward, for rows of one rollout and of several."""
+    module = torch.nn.Module()
+    for rollouts in ([385], [150, 120, 115]):
+        length = sum(rollouts)
+        states = [torch.randn(rows, length, heads, size).transpose(1, 2).requires_grad_() for _ in range(3)]
+        rollout = torch.arange(len(rollouts)).repeat_interleave(torch.tensor(rollouts))
+        seen = (rollout[:, None] == rollout) & torch.ones(length, length, dtype=torch.bool).tril()
+        seen = seen.expand(rows, 1, -1, -1).contiguous()
+        gradient = torch.randn(rows, length, heads, size)
+        arms = {
+            "sdpa": lambda q, k, v, m=seen: scaled_dot_product_attention(q, k, v, attn_mask=m).transpose(1, 2),
+            "in blocks": lambda q, k, v, m=seen: packed_attention(module, q, k, v, m)[0],
+            "attend_rows": lambda q, k, v, m=seen: attend_rows(q, k, v, m[:, 0], size**-0.5),
+        }
+        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
+        for repeat in range(5 * repeats + 3):
+            for name, arm in arms.items():
+                began = time.perf_counter()
+                out = arm(*states)
+                halfway = time.perf_counter()
+                torch.autograd.grad(out, states, gradient)
+                both = (halfway - began) * 1e3, (time.perf_counter() - halfway) * 1e3
+                taken[name] += [both][: repeat > 2]
+        columns = [
+            f"{name} {statistics.median(f for f, _ in found):.2f} + {statistics.median(b for _, b in found):.2f}"
+            for name, found in taken.items()
+        ]
+        print(f"attention of {rows} rows of rollouts {rollouts}, forward + backward: {'   '.join(columns)} ms")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,172 @@
+"""The kernel for packed rows against the definition of attention and its derivative, and what it leaves out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prune_opd import modeling
+from prune_opd.attend_one import HEAD_SIZES
+from prune_opd.attend_rows import _kernels, attend_rows
+from prune_opd.modeling import PACKED_ATTENTION, attended_by, hidden_states, packed_inputs
+from tests.families import tiny_model
+from tests.test_compile import needs_compiler
+from tests.test_packed_attention import packed
+from tests.test_slots import defined_attention
+
+pytestmark = needs_compiler
+SCALE = 0.3
+
+
+def problem(rows=2, shared=2, group=2, size=32, rollouts=(20, 17), window=10**6, seed=0):
+    """Query, key and value in the layout of a model, what each token sees, and a gradient; float64."""
+    generator = torch.Generator().manual_seed(seed)
+    length = sum(rollouts)
+    states = [
+        torch.randn(rows, length, heads, size, generator=generator, dtype=torch.float64).transpose(1, 2)
+        for heads in (shared * group, shared, shared)
+    ]
+    rollout = torch.arange(len(rollouts)).repeat_interleave(torch.tensor(rollouts))
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    seen = (rollout[:, None] == rollout) & (distance >= 0) & (distance < window)
+    gradient = torch.randn(rows, length, shared * group, size, generator=generator, dtype=torch.float64)
+    return states, seen.expand(rows, -1, -1).contiguous(), gradient
+
+
+def by_kernel(states, seen, gradient):
+    """(output, gradients of query, key and value)"""
+    states = [state.float().requires_grad_() for state in states]
+    out = attend_rows(*states, seen, SCALE)
+    return out.detach(), *torch.autograd.grad(out, states, gradient.float())
+
+
+def by_definition(states, seen, gradient):
+    states = [state.clone().requires_grad_() for state in states]
+    out = defined_attention(*states, seen[:, None], SCALE)
+    return out.detach(), *torch.autograd.grad(out, states, gradient)
+
+
+def assert_agree(found, wanted):
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs.float(), rtol=1e-4, atol=1e-4)  # of numbers around 1
+
+
+@settings(max_examples=80)
+@given(
+    rows=st.integers(1, 3),
+    shared=st.integers(1, 3),
+    group=st.integers(1, 3),
+    size=st.sampled_from(HEAD_SIZES),
+    rollouts=st.lists(st.integers(1, 60), min_size=1, max_size=4),
+    window=st.sampled_from([1, 7, 10**6]),
+    seed=st.integers(0, 2**16),
+)
+def test_it_is_attention_with_its_gradient(rows, shared, group, size, rollouts, window, seed):
+    """Any head size that it has code for, heads that share keys, any rollouts in a row, sliding windows."""
+    given = problem(rows, shared, group, size, rollouts, window, seed)
+    assert_agree(by_kernel(*given), by_definition(*given))
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_it_builds_for_every_kind_of_processor(capability, monkeypatch):
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", capability)
+    _kernels.cache_clear()
+    try:
+        given = problem()
+        assert_agree(by_kernel(*given), by_definition(*given))
+    finally:
+        _kernels.cache_clear()
+
+
+@pytest.mark.parametrize("threads", [2, 5, 16])
+def test_the_number_of_threads_changes_nothing(threads):
+    """More of them than rows and heads share the queries of a head, and add up their gradients of its keys."""
+    given = problem(rows=1, shared=2, group=2, rollouts=(90, 41))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_agree(by_kernel(*given), by_definition(*given))
+        once, again = by_kernel(*given), by_kernel(*given)
+        assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_states_may_lie_in_any_order():
+    states, seen, gradient = problem(size=16)
+    wanted = by_definition(states, seen, gradient)
+    states = [states[0].contiguous(), states[1].mT.contiguous().mT, torch.cat([states[2]] * 2, dim=1)[:, :2]]
+    gradient = gradient.transpose(0, 2).contiguous().transpose(0, 2)
+    assert_agree(by_kernel(states, seen, gradient), wanted)
+
+
+def test_other_rollouts_of_a_row_are_not_read():
+    """NaN in one shows nowhere else, though a weight of zero would pass it on."""
+    states, seen, gradient = problem(rollouts=(16, 24))  # the first one fills whole tiles of queries
+    for state in states:
+        state[:, :, 16:] = torch.nan
+    out, *gradients = by_kernel(states, seen, gradient)
+    assert out[:, :16].isfinite().all() and out[:, 16:].isnan().all()
+    assert all(g[:, :, :16].isfinite().all() and g[:, :, 16:].isnan().any() for g in gradients)
+
+
+@pytest.mark.parametrize("hidden", [slice(3, 4), slice(0, 37)], ids=["gap", "nothing"])
+def test_what_is_no_run_of_columns_is_refused(hidden):
+    states, seen, gradient = problem(rollouts=(37,))
+    seen[1, 30, hidden] = False
+    with pytest.raises(ValueError, match="gap"):
+        by_kernel(states, seen, gradient)
+
+
+def test_it_is_an_operator_that_the_compiler_can_trust():
+    """Schema, shapes of its outputs, no hidden aliasing, a gradient that can be traced."""
+    states, seen, _ = problem(rows=1, shared=1, group=1, size=16, rollouts=(5,))
+    states = [state.float().requires_grad_() for state in states]
+    torch.library.opcheck(torch.ops.prune_opd.attend_rows.default, (*states, seen, SCALE))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_models_attend_by_it_in_compiled_code(family, checkpointing, monkeypatch):
+    """States and gradients of packed rows as by `sdpa`: full and sliding layers, heads that share keys."""
+    model, parts = tiny_model(family, head_dim=16).train(), packed([70, 30, 30, 5])
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    used = []
+    monkeypatch.setattr(modeling, "attend_rows", lambda *inputs: used.append(1) or attend_rows(*inputs))
+    found = {}
+    for attention in ("sdpa", PACKED_ATTENTION):
+        model.zero_grad()
+        with attended_by(model, attention), monkeypatch.context() as patch:
+            compiling = attention == PACKED_ATTENTION
+            patch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+            states = [hidden_states(model, packed_inputs(model, part))[part.row, part.column] for part in parts]
+            states = torch.cat(states)
+            (states * torch.linspace(-1, 1, states.numel()).view_as(states)).sum().backward()
+        found[attention] = [
+            states.detach(),
+            *(p.grad.clone() for p in model.parameters() if p.grad is not None),
+        ]
+    assert len(used) == 2 * len(parts) * (2 if checkpointing else 1), "layers, and again in the backward"
+    for got, want in zip(found[PACKED_ATTENTION], found["sdpa"], strict=True):
+        assert ((got - want).norm() / want.norm()).item() < 1e-4
+
+
+@pytest.mark.parametrize("change", ["eager", "dropout", "double", "size"])
+def test_where_it_has_no_code_rows_attend_otherwise(change, monkeypatch):
+    used = []
+    monkeypatch.setattr(modeling, "attend_rows", lambda *inputs: used.append(1) or attend_rows(*inputs))
+    module = torch.nn.Module()
+    for changed in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda changed=changed: not (changed and change == "eager"))
+        states, seen, _ = problem(group=1, size=24 if changed and change == "size" else 32)
+        dtype = torch.float64 if changed and change == "double" else torch.float32
+        dropout = 1e-9 if changed and change == "dropout" else 0.0
+        got, _ = modeling.packed_attention(
+            module, *(state.to(dtype) for state in states), seen[:, None], dropout=dropout, scaling=SCALE
+        )
+        want = defined_attention(*states, seen[:, None], SCALE)
+        torch.testing.assert_close(got, want.to(dtype), rtol=1e-4, atol=1e-5)
+        assert len(used) == 1, "used in the first round alone"
