@@ -333,7 +333,7 @@ def plot(axes_rows: Sequence[tuple[str, str, Sequence[dict[str, Any]]]], path: P
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("processor µs per token")
-    panels[0].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=110)
 
 
