@@ -154,7 +154,7 @@ def test_models_attend_by_it_in_compiled_code(family, checkpointing, monkeypatch
         assert ((got - want).norm() / want.norm()).item() < 1e-4
 
 
-@pytest.mark.parametrize("change", ["eager", "dropout", "double", "size"])
+@pytest.mark.parametrize("change", ["eager", "dropout", "bias", "double", "size"])
 def test_where_it_has_no_code_rows_attend_otherwise(change, monkeypatch):
     used = []
     monkeypatch.setattr(modeling, "attend_rows", lambda *inputs: used.append(1) or attend_rows(*inputs))
@@ -163,10 +163,10 @@ def test_where_it_has_no_code_rows_attend_otherwise(change, monkeypatch):
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda changed=changed: not (changed and change == "eager"))
         states, seen, _ = problem(group=1, size=24 if changed and change == "size" else 32)
         dtype = torch.float64 if changed and change == "double" else torch.float32
-        dropout = 1e-9 if changed and change == "dropout" else 0.0
-        got, _ = modeling.packed_attention(
-            module, *(state.to(dtype) for state in states), seen[:, None], dropout=dropout, scaling=SCALE
-        )
+        settings = {"dropout": 1e-9 if changed and change == "dropout" else 0.0, "scaling": SCALE}
+        if changed and change == "bias":
+            settings["position_bias"] = torch.zeros(1, 1, *seen.shape[1:])
+        got, _ = modeling.packed_attention(module, *(state.to(dtype) for state in states), seen[:, None], **settings)
         want = defined_attention(*states, seen[:, None], SCALE)
         torch.testing.assert_close(got, want.to(dtype), rtol=1e-4, atol=1e-5)
         assert len(used) == 1, "used in the first round alone"

@@ -17,7 +17,7 @@ from torch import Tensor
 from prune_opd.attend_one import HEAD_SIZES
 
 
-def attends_rows(query: Tensor, key: Tensor, dropout: float) -> bool:
+def attends_rows(query: Tensor, key: Tensor) -> bool:
     """Whether `attend_rows` is the way for query (R, heads, L, size): float32 rows, in code that is compiled."""
     return (
         torch.compiler.is_compiling()
@@ -25,7 +25,6 @@ def attends_rows(query: Tensor, key: Tensor, dropout: float) -> bool:
         and query.device.type == "cpu"
         and query.dtype == torch.float32
         and query.shape[3] in HEAD_SIZES
-        and dropout == 0
     )
 
 

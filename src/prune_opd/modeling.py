@@ -156,12 +156,14 @@ def packed_attention(
     queries go in blocks, and each block reads the keys up to its own end: 5/8 of the products. Compiled code has a
     kernel that leaves out all that is not seen.
     """
-    if attention_mask is not None and attends_rows(query, key, dropout=others.get("dropout", 0.0)):
+    if attention_mask is None or others.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
+    if not others.get("dropout") and attends_rows(query, key):
         scale = query.shape[3] ** -0.5 if others.get("scaling") is None else others["scaling"]
         return attend_rows(query, key, value, attention_mask[:, 0], scale), None
     length = query.shape[2]
     short = 2 * QUERY_BLOCKS if torch.compiler.is_compiling() else SHORT_ROW  # one block is compiled code of its own
-    if attention_mask is None or query.device.type != "cpu" or key.shape[2] != length or length < short:
+    if query.device.type != "cpu" or key.shape[2] != length or length < short:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
     bounds = [length * block // QUERY_BLOCKS for block in range(QUERY_BLOCKS + 1)]
     outputs = [
