@@ -333,6 +333,11 @@ def test_a_setting_without_effect_warns(write, more, useless):
     assert [str(w.message).split(" has no effect")[0] for w in caught] == [f"{path}: {name}" for name in useless]
 
 
+def test_a_fused_head_has_no_effect_on_a_loss_that_needs_all_logits(write):
+    with pytest.warns(UserWarning, match=r"model\.liger_head has no effect: loss is jsd"):
+        load_config(write("[objective]\nloss = 'jsd'\n"), ["model.liger_head=true"])
+
+
 def test_the_embedded_task_has_no_use_for_columns(write):
     path = write("[data]\ntrain = 'task:chain_sum'\nsplit = 'test'\nmax_prompt_length = 64\n", required=MODELS)
     with pytest.warns(UserWarning, match=r"data\.split has no effect: the embedded task makes its own prompts"):

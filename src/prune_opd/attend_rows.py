@@ -52,7 +52,7 @@ torch.library.define(
 def _forward(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     query, key, value, seen = _dense(query), _dense(key), _dense(value), seen.contiguous()
     out, log_z = _empty_like(query).transpose(1, 2), query.new_empty(query.shape[:3])
-    if not _kernels(query.shape[3])["attend_rows"](
+    if not _kernels(query.shape[3]).attend_rows(
         *_pointers(query, key, value), seen.data_ptr(), out.data_ptr(), log_z.data_ptr(), *_sizes(query, key), scale
     ):
         raise ValueError("a query of a packed row sees no column, or columns with a gap between them")
@@ -66,7 +66,7 @@ def _backward(
     query, key, value, grad = _dense(query), _dense(key), _dense(value), _dense(grad).transpose(1, 2)
     seen, out, log_z = seen.contiguous(), out.contiguous(), log_z.contiguous()
     gradients = _empty_like(query), _empty_like(key), _empty_like(value)
-    _kernels(query.shape[3])["attend_rows_backward"](
+    _kernels(query.shape[3]).attend_rows_backward(
         *_pointers(query, key, value),
         *(tensor.data_ptr() for tensor in (seen, out, log_z)),
         *_pointers(grad),
@@ -124,7 +124,8 @@ def _sizes(query: Tensor, key: Tensor) -> tuple[int, int, int, int]:
 
 
 @cache
-def _kernels(head_size: int) -> dict[str, Any]:
+def _kernels(head_size: int) -> Any:
+    """The library: attend_rows.cpp for heads of this size."""
     from torch._inductor.codecache import CppCodeCache  # 1.5 s that few runs need
 
     code = Path(__file__).with_suffix(".cpp").read_text(encoding="utf-8")
@@ -136,4 +137,4 @@ def _kernels(head_size: int) -> dict[str, Any]:
     library.attend_rows.restype = ctypes.c_bool
     library.attend_rows_backward.argtypes = [*strided * 3, *[pointer] * 3, *strided, *[pointer] * 3, *sizes]
     library.attend_rows_backward.restype = None
-    return {name: getattr(library, name) for name in ("attend_rows", "attend_rows_backward")}
+    return library

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 
@@ -33,6 +31,19 @@ def by_liger(inputs, ids, scale=1.0, **settings):
 def by_full_logits(inputs, ids, scale=1.0):
     hidden, weight, *bias = inputs
     return (scale * (hidden @ weight.t() + sum(bias)))[:, :V].log_softmax(-1).gather(-1, ids)
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """Positions of each call of Liger's forward: without any, equality would be of the chunked head with itself."""
+    calls = []
+    forward = liger.fused_linear_cross_entropy_forward
+    monkeypatch.setattr(
+        liger,
+        "fused_linear_cross_entropy_forward",
+        lambda **given: calls.append(len(given["target"])) or forward(**given),
+    )
+    return calls
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
@@ -70,18 +81,10 @@ def test_what_is_frozen_gets_no_gradient_and_the_other_the_same(frozen):
     torch.testing.assert_close(alone, whole[trained is weight])
 
 
-def test_the_kernel_is_the_one_that_runs(monkeypatch):
-    """Or equality would be of the chunked head with itself."""
-    ran = []
-    forward = liger.fused_linear_cross_entropy_forward
-    monkeypatch.setattr(
-        liger,
-        "fused_linear_cross_entropy_forward",
-        lambda **given: ran.append(len(given["target"])) or forward(**given),
-    )
+def test_the_kernel_is_the_one_that_runs(kernel_calls):
     inputs, ids = tensors(torch.float32, bias=False), torch.randint(V, (N, C), device=DEVICE)
     by_liger(inputs, ids).sum().backward()
-    assert ran == [N, N]  # forward, and once more in the backward
+    assert kernel_calls == [N, N]  # forward, and once more in the backward
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="models of this test live on the CPU")
@@ -90,9 +93,11 @@ def test_the_kernel_is_the_one_that_runs(monkeypatch):
     [{}, {"objective.top_k_strategy": "union"}, {"objective.loss": "sampled_token"}],
     ids=lambda settings: next(iter(settings.values()), "topk_reverse_kl"),
 )
-def test_a_step_is_the_same_step(settings):
+def test_a_step_is_the_same_step(settings, kernel_calls):
     plain, _, before = run_step(**settings)
+    assert not kernel_calls
     fused, _, after = run_step(**settings, **{"model.liger_head": True})
+    assert sum(kernel_calls) == 2 * int(fused.rollouts.lengths.sum())
     assert torch.equal(plain.rollouts.response_ids, fused.rollouts.response_ids)
     assert fused.loss == pytest.approx(plain.loss, rel=1e-5)
     torch.testing.assert_close(gradients(after), gradients(before), rtol=1e-4, atol=1e-6)
@@ -107,8 +112,9 @@ def test_a_head_that_caps_its_logits_is_refused():
 
 
 def test_a_cpu_is_refused_where_nobody_interprets(monkeypatch):
-    model = copy.deepcopy(tiny_model("qwen3"))
-    check_liger(model)  # here it is interpreted
+    model = tiny_model("qwen3")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    check_liger(model)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ModelError, match=r"liger_head.*this is cpu"):
         check_liger(model)
