@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from prune_opd import modeling
 from prune_opd.attend_one import HEAD_SIZES
 from prune_opd.attend_rows import _kernels, attend_rows
-from prune_opd.modeling import PACKED_ATTENTION, attended_by, hidden_states, packed_inputs
+from prune_opd.modeling import PACKED_ATTENTION
 from tests.families import tiny_model
 from tests.test_compile import needs_compiler
-from tests.test_packed_attention import packed
+from tests.test_packed_attention import packed, states_and_gradients
 from tests.test_slots import defined_attention
 
 pytestmark = needs_compiler
@@ -136,21 +136,16 @@ def test_models_attend_by_it_in_compiled_code(family, checkpointing, monkeypatch
         model.gradient_checkpointing_enable({"use_reentrant": False})
     used = []
     monkeypatch.setattr(modeling, "attend_rows", lambda *inputs: used.append(1) or attend_rows(*inputs))
-    found = {}
-    for attention in ("sdpa", PACKED_ATTENTION):
-        model.zero_grad()
-        with attended_by(model, attention), monkeypatch.context() as patch:
-            compiling = attention == PACKED_ATTENTION
-            patch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
-            states = [hidden_states(model, packed_inputs(model, part))[part.row, part.column] for part in parts]
-            states = torch.cat(states)
-            (states * torch.linspace(-1, 1, states.numel()).view_as(states)).sum().backward()
-        found[attention] = [
-            states.detach(),
-            *(p.grad.clone() for p in model.parameters() if p.grad is not None),
-        ]
+
+    def loss(states):
+        return (states * torch.linspace(-1, 1, states.numel()).view_as(states)).sum()
+
+    want_all = states_and_gradients(model, parts, "sdpa", loss)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        got_all = states_and_gradients(model, parts, PACKED_ATTENTION, loss)
     assert len(used) == 2 * len(parts) * (2 if checkpointing else 1), "layers, and again in the backward"
-    for got, want in zip(found[PACKED_ATTENTION], found["sdpa"], strict=True):
+    for got, want in zip(got_all, want_all, strict=True):
         assert ((got - want).norm() / want.norm()).item() < 1e-4
 
 

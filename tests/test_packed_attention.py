@@ -21,6 +21,15 @@ def packed(lengths: list[int], token_budget: int | None = 10**6) -> list[Packed]
     return list(pack(Rollouts(prompts, ids, mask, ended, ~ended), token_budget))
 
 
+def states_and_gradients(model, parts: list[Packed], attention: str, loss) -> list[torch.Tensor]:
+    """Hidden states of the response tokens, and the gradient of `loss` of them in each parameter."""
+    model.zero_grad()
+    with attended_by(model, attention):
+        states = torch.cat([hidden_states(model, packed_inputs(model, part))[part.row, part.column] for part in parts])
+        loss(states).backward()
+    return [states.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 @pytest.mark.parametrize("lengths", [[1], [61], [62], [90, 88, 41, 41], [70, 30, 30, 5]], ids=str)
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -29,17 +38,11 @@ def test_states_and_gradients_are_those_of_sdpa(family, lengths, checkpointing):
     model, parts = tiny_model(family).double().train(), packed(lengths)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    found = {}
-    for attention in ("sdpa", PACKED_ATTENTION):
-        model.zero_grad()
-        with attended_by(model, attention):
-            states = [hidden_states(model, packed_inputs(model, part))[part.row, part.column] for part in parts]
-            torch.cat(states).square().sum().backward()
-        found[attention] = [
-            torch.cat(states).detach(),
-            *(p.grad.clone() for p in model.parameters() if p.grad is not None),
-        ]
-    for got, want in zip(found[PACKED_ATTENTION], found["sdpa"], strict=True):
+    want_all, got_all = (
+        states_and_gradients(model, parts, attention, lambda states: states.square().sum())
+        for attention in ("sdpa", PACKED_ATTENTION)
+    )
+    for got, want in zip(got_all, want_all, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
 
 
