@@ -104,12 +104,12 @@ def test_states_may_lie_in_any_order():
 
 def test_other_rollouts_of_a_row_are_not_read():
     """NaN in one shows nowhere else, though a weight of zero would pass it on."""
-    states, seen, gradient = problem(rollouts=(16, 24))  # the first one fills whole tiles of queries
+    states, seen, gradient = problem(rollouts=(24, 24))  # the first one fills whole tiles of queries
     for state in states:
-        state[:, :, 16:] = torch.nan
+        state[:, :, 24:] = torch.nan
     out, *gradients = by_kernel(states, seen, gradient)
-    assert out[:, :16].isfinite().all() and out[:, 16:].isnan().all()
-    assert all(g[:, :, :16].isfinite().all() and g[:, :, 16:].isnan().any() for g in gradients)
+    assert out[:, :24].isfinite().all() and out[:, 24:].isnan().all()
+    assert all(g[:, :, :24].isfinite().all() and g[:, :, 24:].isnan().any() for g in gradients)
 
 
 @pytest.mark.parametrize("hidden", [slice(3, 4), slice(0, 37)], ids=["gap", "nothing"])

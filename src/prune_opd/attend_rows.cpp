@@ -24,7 +24,7 @@ constexpr int64_t LANES = Vec::size();
 static_assert(SIZE % LANES == 0);
 constexpr int64_t WIDTH = SIZE % (2 * LANES) == 0 ? 2 : 1;  // vectors of a position at a time
 constexpr int64_t PANEL = 2 * LANES;
-constexpr int64_t TILE = LANES >= 16 ? 8 : 4;  // TILE · 2 sums and what they need fit into the registers
+constexpr int64_t TILE = LANES >= 16 ? 8 : 6;  // TILE · 2 sums and what they need fit into the registers
 constexpr float LEAST = -1e30f;  // score of a column that is not seen; -inf less -inf would be NaN
 
 struct Rows {  // (rows, heads, length, size), each position without gaps
