@@ -131,11 +131,13 @@ def attention_of_rows(repeats: int, rows: int = 5, heads: int = 4, size: int = 3
         rollout = torch.arange(len(rollouts)).repeat_interleave(torch.tensor(rollouts))
         seen = (rollout[:, None] == rollout) & torch.ones(length, length, dtype=torch.bool).tril()
         seen = seen.expand(rows, 1, -1, -1).contiguous()
+        begin = torch.searchsorted(rollout, rollout).int()  # rollouts without a prompt that others share
+        sees = begin[None, :, None].expand(rows, -1, 3)
         gradient = torch.randn(rows, length, heads, size)
         arms = {
             "sdpa": lambda q, k, v, m=seen: scaled_dot_product_attention(q, k, v, attn_mask=m).transpose(1, 2),
             "in blocks": lambda q, k, v, m=seen: packed_attention(module, q, k, v, m)[0],
-            "attend_rows": lambda q, k, v, m=seen: attend_rows(q, k, v, m[:, 0], size**-0.5),
+            "attend_rows": lambda q, k, v, s=sees: attend_rows(q, k, v, s, size**-0.5),
         }
         taken: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
         for repeat in range(5 * repeats + 3):

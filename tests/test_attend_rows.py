@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from prune_opd import modeling
 from prune_opd.attend_one import HEAD_SIZES
 from prune_opd.attend_rows import _kernels, attend_rows
-from prune_opd.modeling import PACKED_ATTENTION
+from prune_opd.modeling import PACKED_ATTENTION, in_window, seen_columns
 from tests.families import tiny_model
 from tests.test_compile import needs_compiler
 from tests.test_packed_attention import packed, states_and_gradients
@@ -20,29 +20,46 @@ pytestmark = needs_compiler
 SCALE = 0.3
 
 
-def problem(rows=2, shared=2, group=2, size=32, rollouts=(20, 17), window=10**6, seed=0):
-    """Query, key and value in the layout of a model, what each token sees, and a gradient; float64."""
+def problem(rows=2, shared=2, group=2, size=32, prompts=((3, 12, 5), (9, 8)), window=10**6, seed=0):
+    """Query, key and value in the layout of a model, what each column sees (twice), and a gradient; float64.
+
+    prompts: how long each is, and the responses to it.
+    """
     generator = torch.Generator().manual_seed(seed)
-    length = sum(rollouts)
+    columns, length = [], sum(map(sum, prompts))
+    for number, (prompt, *responses) in enumerate(prompts):
+        start = len(columns)
+        columns += [(number, None, position, (start, start, start)) for position in range(prompt)]
+        for rollout, response in enumerate(responses):
+            sees = len(columns), start, start + prompt
+            columns += [(number, rollout, prompt + position, sees) for position in range(response)]
+    seen = torch.tensor(
+        [
+            [
+                whose == number and of in (None, rollout) and position - window < place <= position
+                for whose, of, place, _ in columns
+            ]
+            for number, rollout, position, _ in columns
+        ]
+    )
+    sees = torch.tensor([sees for *_, sees in columns], dtype=torch.int32)
+    sees = in_window(sees[None], torch.tensor([[position for _, _, position, _ in columns]]), window)
     states = [
         torch.randn(rows, length, heads, size, generator=generator, dtype=torch.float64).transpose(1, 2)
         for heads in (shared * group, shared, shared)
     ]
-    rollout = torch.arange(len(rollouts)).repeat_interleave(torch.tensor(rollouts))
-    distance = torch.arange(length)[:, None] - torch.arange(length)
-    seen = (rollout[:, None] == rollout) & (distance >= 0) & (distance < window)
     gradient = torch.randn(rows, length, shared * group, size, generator=generator, dtype=torch.float64)
-    return states, seen.expand(rows, -1, -1).contiguous(), gradient
+    return states, sees.expand(rows, -1, -1), seen.expand(rows, -1, -1), gradient
 
 
-def by_kernel(states, seen, gradient):
+def by_kernel(states, sees, _seen, gradient):
     """(output, gradients of query, key and value)"""
     states = [state.float().requires_grad_() for state in states]
-    out = attend_rows(*states, seen, SCALE)
+    out = attend_rows(*states, sees, SCALE)
     return out.detach(), *torch.autograd.grad(out, states, gradient.float())
 
 
-def by_definition(states, seen, gradient):
+def by_definition(states, _sees, seen, gradient):
     states = [state.clone().requires_grad_() for state in states]
     out = defined_attention(*states, seen[:, None], SCALE)
     return out.detach(), *torch.autograd.grad(out, states, gradient)
@@ -59,13 +76,14 @@ def assert_agree(found, wanted):
     shared=st.integers(1, 3),
     group=st.integers(1, 3),
     size=st.sampled_from(HEAD_SIZES),
-    rollouts=st.lists(st.integers(1, 60), min_size=1, max_size=4),
+    prompts=st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=4), min_size=1, max_size=3),
     window=st.sampled_from([1, 7, 10**6]),
     seed=st.integers(0, 2**16),
 )
-def test_it_is_attention_with_its_gradient(rows, shared, group, size, rollouts, window, seed):
+def test_it_is_attention_with_its_gradient(rows, shared, group, size, prompts, window, seed):
     """Any head size that it has code for, heads that share keys, any rollouts in a row, sliding windows."""
-    given = problem(rows, shared, group, size, rollouts, window, seed)
+    given = problem(rows, shared, group, size, prompts, window, seed)
+    assert torch.equal(seen_columns(given[1]), given[2])
     assert_agree(by_kernel(*given), by_definition(*given))
 
 
@@ -83,7 +101,7 @@ def test_it_builds_for_every_kind_of_processor(capability, monkeypatch):
 @pytest.mark.parametrize("threads", [2, 5, 16])
 def test_the_number_of_threads_changes_nothing(threads):
     """More of them than rows and heads share the queries of a head, and add up their gradients of its keys."""
-    given = problem(rows=1, shared=2, group=2, rollouts=(90, 41))
+    given = problem(rows=1, shared=2, group=2, prompts=((20, 70), (11, 30)))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -95,43 +113,45 @@ def test_the_number_of_threads_changes_nothing(threads):
 
 
 def test_states_may_lie_in_any_order():
-    states, seen, gradient = problem(size=16)
-    wanted = by_definition(states, seen, gradient)
+    states, *seen, gradient = problem(size=16)
+    wanted = by_definition(states, *seen, gradient)
     states = [states[0].contiguous(), states[1].mT.contiguous().mT, torch.cat([states[2]] * 2, dim=1)[:, :2]]
     gradient = gradient.transpose(0, 2).contiguous().transpose(0, 2)
-    assert_agree(by_kernel(states, seen, gradient), wanted)
+    assert_agree(by_kernel(states, *seen, gradient), wanted)
 
 
 def test_other_rollouts_of_a_row_are_not_read():
     """NaN in one shows nowhere else, though a weight of zero would pass it on."""
-    states, seen, gradient = problem(rollouts=(24, 24))  # the first one fills whole tiles of queries
+    states, *seen, gradient = problem(prompts=((4, 20), (4, 20)))  # the first one fills whole tiles of queries
     for state in states:
         state[:, :, 24:] = torch.nan
-    out, *gradients = by_kernel(states, seen, gradient)
+    out, *gradients = by_kernel(states, *seen, gradient)
     assert out[:, :24].isfinite().all() and out[:, 24:].isnan().all()
     assert all(g[:, :, :24].isfinite().all() and g[:, :, 24:].isnan().any() for g in gradients)
 
 
-@pytest.mark.parametrize("hidden", [slice(3, 4), slice(0, 37)], ids=["gap", "nothing"])
-def test_what_is_no_run_of_columns_is_refused(hidden):
-    states, seen, gradient = problem(rollouts=(37,))
-    seen[1, 30, hidden] = False
-    with pytest.raises(ValueError, match="gap"):
-        by_kernel(states, seen, gradient)
+@pytest.mark.parametrize("wrong", [(21, 0, 3), (-1, -1, -1), (15, 0, 16), (15, 3, 0)], ids=str)
+def test_a_column_that_sees_what_it_must_not_stops_the_program(wrong):
+    """Or memory that is not the row's would be read."""
+    states, sees, seen, gradient = problem()
+    sees = sees.clone()
+    sees[1, 20] = torch.tensor(wrong, dtype=torch.int32)
+    with pytest.raises(AssertionError, match="sees what lies behind it"):
+        by_kernel(states, sees, seen, gradient)
 
 
 def test_it_is_an_operator_that_the_compiler_can_trust():
     """Schema, shapes of its outputs, no hidden aliasing, a gradient that can be traced."""
-    states, seen, _ = problem(rows=1, shared=1, group=1, size=16, rollouts=(5,))
+    states, sees, *_ = problem(rows=1, shared=1, group=1, size=16, prompts=((2, 3),))
     states = [state.float().requires_grad_() for state in states]
-    torch.library.opcheck(torch.ops.prune_opd.attend_rows.default, (*states, seen, SCALE))
+    torch.library.opcheck(torch.ops.prune_opd.attend_rows.default, (*states, sees, SCALE))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_models_attend_by_it_in_compiled_code(family, checkpointing, monkeypatch):
-    """States and gradients of packed rows as by `sdpa`: full and sliding layers, heads that share keys."""
-    model, parts = tiny_model(family, head_dim=16).train(), packed([70, 30, 30, 5])
+    """States and gradients as by `sdpa`: full and sliding layers, heads that share keys, rollouts that share a prompt."""
+    model, parts = tiny_model(family, head_dim=16).train(), packed([70, 30, 30, 5], long_rows=True)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     used = []
@@ -156,12 +176,12 @@ def test_where_it_has_no_code_rows_attend_otherwise(change, monkeypatch):
     module = torch.nn.Module()
     for changed in (False, True):
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda changed=changed: not (changed and change == "eager"))
-        states, seen, _ = problem(group=1, size=24 if changed and change == "size" else 32)
+        states, sees, seen, _ = problem(group=1, size=24 if changed and change == "size" else 32)
         dtype = torch.float64 if changed and change == "double" else torch.float32
         settings = {"dropout": 1e-9 if changed and change == "dropout" else 0.0, "scaling": SCALE}
         if changed and change == "bias":
             settings["position_bias"] = torch.zeros(1, 1, *seen.shape[1:])
-        got, _ = modeling.packed_attention(module, *(state.to(dtype) for state in states), seen[:, None], **settings)
+        got, _ = modeling.packed_attention(module, *(state.to(dtype) for state in states), sees[:, None], **settings)
         want = defined_attention(*states, seen[:, None], SCALE)
         torch.testing.assert_close(got, want.to(dtype), rtol=1e-4, atol=1e-5)
         assert len(used) == 1, "used in the first round alone"

@@ -6,26 +6,23 @@ import pytest
 import torch
 
 from prune_opd import modeling
-from prune_opd.modeling import PACKED_ATTENTION, attended_by, hidden_states, packed_inputs
-from prune_opd.types import Packed, Rollouts, default_token_budget, pack
-from tests.families import PAD, VOCAB, tiny_model
+from prune_opd.modeling import PACKED_ATTENTION, attended_by, packed_states
+from prune_opd.types import Packed, pack
+from tests.families import tiny_model
+from tests.test_pack import rollouts_of
 
 
-def packed(lengths: list[int], token_budget: int | None = 10**6) -> list[Packed]:
-    """Packed rows of rollouts of these lengths: rows that differ are micro-batches of their own."""
-    generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(2, VOCAB, (3,), generator=generator).tolist() for _ in lengths]
-    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    ids = torch.randint(2, VOCAB, mask.shape, generator=generator).masked_fill(~mask, PAD)
-    ended = torch.ones(len(lengths), dtype=torch.bool)
-    return list(pack(Rollouts(prompts, ids, mask, ended, ~ended), token_budget))
+def packed(lengths: list[int], **settings) -> list[Packed]:
+    """Packed rows of rollouts of these lengths, two to a prompt: rows that differ are micro-batches of their own."""
+    prompts = [[2 + b // 2, 7, 3] for b in range(len(lengths))]
+    return list(pack(rollouts_of(prompts, lengths), 10**6, **settings))
 
 
 def states_and_gradients(model, parts: list[Packed], attention: str, loss) -> list[torch.Tensor]:
     """Hidden states of the response tokens, and the gradient of `loss` of them in each parameter."""
     model.zero_grad()
     with attended_by(model, attention):
-        states = torch.cat([hidden_states(model, packed_inputs(model, part))[part.row, part.column] for part in parts])
+        states = torch.cat([packed_states(model, part)[part.row, part.column] for part in parts])
         loss(states).backward()
     return [states.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
@@ -58,11 +55,5 @@ def test_queries_do_not_meet_the_keys_behind_them(monkeypatch):
 
     monkeypatch.setattr(modeling, "sdpa_attention_forward", count)
     with attended_by(model, PACKED_ATTENTION):
-        hidden_states(model, packed_inputs(model, part))
+        packed_states(model, part)
     assert sum(products) == 2 * 64 * 64 * 5 / 8
-
-
-def test_without_a_setting_a_micro_batch_on_a_cpu_holds_2048_tokens():
-    """As many rows of 102 tokens as fit, and the last ones."""
-    assert [part.input_ids.shape for part in packed([100] * 45, None)] == [(20, 102), (20, 102), (5, 102)]
-    assert default_token_budget(torch.device("cuda")) == 16384

@@ -53,7 +53,8 @@ def _attend_one(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: 
     out = torch.empty_like(query)
     pointers = (tensor.data_ptr() for tensor in (query, key, value, seen, out))
     sizes = rows, shared, heads // shared, length, size, key.stride(0), key.stride(1)
-    assert _kernel()(*pointers, *sizes, scale), f"no code for heads of {size}"
+    known = _kernel()(*pointers, *sizes, scale)
+    assert known, f"no code for heads of {size}"
     return out
 
 

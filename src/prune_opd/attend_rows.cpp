@@ -1,6 +1,6 @@
 // Attention of whole rows to themselves, in float32, with its gradient: see attend_rows.py.
 //
-// Each query sees one run of columns, so work is done for those alone, where a general kernel multiplies with all that
+// Each query sees two runs of columns, so work is done for those alone, where a general kernel multiplies with all that
 // a mask may allow. TILE queries go together; columns go in panels of PANEL, in which keys and values lie transposed,
 // so that a product of queries and keys needs no sum across a vector.
 
@@ -35,48 +35,66 @@ struct Rows {  // (rows, heads, length, size), each position without gaps
   const float* at(int64_t r, int64_t h) const { return data + r * row + h * head; }
 };
 
-struct Run {  // columns that a query sees
+struct Sight {  // of a query: it sees the columns of its prompt, and those from `begin` to itself
+  int32_t begin, prompt_begin, prompt_end;
+};
+
+// Whether nobody looks behind itself or out of the row, and prompts come first.
+bool in_order(const Sight* sights, int64_t rows, int64_t length) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t q = 0; q < length; ++q, ++sights)
+      if (!(0 <= sights->prompt_begin && sights->prompt_begin <= sights->prompt_end &&
+            sights->prompt_end <= sights->begin && sights->begin <= q))
+        return false;
+  return true;
+}
+
+struct Span {  // of columns, and the panels around them
   int64_t first, end;
+  int64_t panel_begin() const { return first / PANEL; }
+  int64_t panel_end() const { return (end + PANEL - 1) / PANEL; }
+  int64_t from() const { return panel_begin() * PANEL; }
+  int64_t to() const { return panel_end() * PANEL; }
 };
 
-// One for each query of seen (queries, length). Empty if a query sees no column, or columns with a gap.
-std::vector<Run> runs_of(const uint8_t* seen, int64_t queries, int64_t length) {
-  std::vector<Run> runs(queries);
-  for (Run& run : runs) {
-    const auto where = [&](uint8_t what, int64_t from) {
-      const void* found = std::memchr(seen + from, what, length - from);
-      return found ? static_cast<const uint8_t*>(found) - seen : length;
-    };
-    run.first = where(1, 0);
-    run.end = where(0, run.first);
-    if (run.first == length || where(1, run.end) != length) return {};
-    seen += length;
-  }
-  return runs;
-}
-
-struct Span {  // of a tile: what its queries see together, and the panels around it
-  int64_t first, end, panel_begin, panel_end;
+struct Spans {  // one or two, in order, without a panel in common
+  Span parts[2];
+  int64_t count;
+  const Span* begin() const { return parts; }
+  const Span* end() const { return parts + count; }
 };
 
-Span span_of(const Run* runs, int64_t begin, int64_t stop) {
-  int64_t first = runs[begin].first, end = runs[begin].end;
-  for (int64_t q = begin + 1; q < stop; ++q) {
-    first = std::min(first, runs[q].first);
-    end = std::max(end, runs[q].end);
+// What the queries of a tile see together.
+Spans spans_of(const Sight* sights, int64_t begin, int64_t stop) {
+  Span prompt{stop, 0}, own{stop, stop};
+  for (int64_t q = begin; q < stop; ++q) {
+    const Sight sight = sights[q];
+    own.first = std::min<int64_t>(own.first, sight.begin);
+    if (sight.prompt_begin == sight.prompt_end) continue;
+    prompt.first = std::min<int64_t>(prompt.first, sight.prompt_begin);
+    prompt.end = std::max<int64_t>(prompt.end, sight.prompt_end);
   }
-  return {first, end, first / PANEL, (end + PANEL - 1) / PANEL};
+  if (prompt.first >= prompt.end) return {{own}, 1};
+  if (prompt.panel_end() > own.panel_begin()) return {{{std::min(prompt.first, own.first), stop}}, 1};
+  return {{prompt, own}, 2};
 }
 
-// Columns of the span's panels that a query does not see get no share; of queries behind the last, all.
-void blank(const Run* runs, int64_t begin, int64_t stop, const Span& span, int64_t padded, float* scores) {
-  const int64_t from = span.panel_begin * PANEL, to = span.panel_end * PANEL;
-  for (int64_t q = 0; q < TILE; ++q) {
-    float* row = scores + q * padded;
-    const Run run = begin + q < stop ? runs[begin + q] : Run{to, to};
-    std::fill(row + from, row + run.first, LEAST);
-    std::fill(row + run.end, row + to, LEAST);
-  }
+// Columns of the spans' panels that a query does not see get no share; of queries behind the last, all.
+void blank(const Sight* sights, int64_t begin, int64_t stop, const Spans& spans, int64_t padded, float* scores) {
+  for (int64_t q = begin; q < begin + TILE; ++q, scores += padded)
+    for (const Span& span : spans) {
+      const auto hide = [&](int64_t from, int64_t to) {
+        from = std::max(from, span.from()), to = std::min(to, span.to());
+        if (from < to) std::fill(scores + from, scores + to, LEAST);
+      };
+      if (q >= stop) {
+        hide(span.from(), span.to());
+        continue;
+      }
+      hide(0, sights[q].prompt_begin);
+      hide(sights[q].prompt_end, sights[q].begin);
+      hide(q + 1, padded);
+    }
 }
 
 // (length, SIZE) into panels of (SIZE, PANEL), zeros behind the last position.
@@ -98,7 +116,7 @@ void load_tile(const float* from, int64_t stride, int64_t begin, int64_t length,
 
 // products (TILE, padded) of a tile with the columns of the span's panels.
 void times_panels(const float* tile, const float* panels, const Span& span, int64_t padded, float* products) {
-  for (int64_t p = span.panel_begin; p < span.panel_end; ++p) {
+  for (int64_t p = span.panel_begin(); p < span.panel_end(); ++p) {
     const float* panel = panels + p * SIZE * PANEL;
     Vec sums[TILE][2];
     for (int64_t q = 0; q < TILE; ++q) sums[q][0] = sums[q][1] = Vec(0.f);
@@ -117,21 +135,22 @@ void times_panels(const float* tile, const float* panels, const Span& span, int6
   }
 }
 
-// sums (TILE, SIZE) over the span's columns of share · position.
+// sums (TILE, SIZE) over the spans' columns of share · position.
 void times_positions(
-    const float* shares, int64_t padded, const float* from, int64_t stride, const Span& span, float* sums) {
+    const float* shares, int64_t padded, const float* from, int64_t stride, const Spans& spans, float* sums) {
   for (int64_t i = 0; i < SIZE; i += WIDTH * LANES) {
     Vec sum[TILE][WIDTH];
     for (int64_t q = 0; q < TILE; ++q)
       for (int64_t w = 0; w < WIDTH; ++w) sum[q][w] = Vec(0.f);
-    for (int64_t column = span.first; column < span.end; ++column) {
-      Vec value[WIDTH];
-      for (int64_t w = 0; w < WIDTH; ++w) value[w] = Vec::loadu(from + column * stride + i + w * LANES);
-      for (int64_t q = 0; q < TILE; ++q) {
-        const Vec share(shares[q * padded + column]);
-        for (int64_t w = 0; w < WIDTH; ++w) sum[q][w] = at::vec::fmadd(share, value[w], sum[q][w]);
+    for (const Span& span : spans)
+      for (int64_t column = span.first; column < span.end; ++column) {
+        Vec value[WIDTH];
+        for (int64_t w = 0; w < WIDTH; ++w) value[w] = Vec::loadu(from + column * stride + i + w * LANES);
+        for (int64_t q = 0; q < TILE; ++q) {
+          const Vec share(shares[q * padded + column]);
+          for (int64_t w = 0; w < WIDTH; ++w) sum[q][w] = at::vec::fmadd(share, value[w], sum[q][w]);
+        }
       }
-    }
     for (int64_t q = 0; q < TILE; ++q)
       for (int64_t w = 0; w < WIDTH; ++w) sum[q][w].store(sums + q * SIZE + i + w * LANES);
   }
@@ -161,17 +180,18 @@ float sum_of(Vec parts) {
 }
 
 // Shares (unnormalised) in place of scores, and their sum and largest score.
-void exponentials(float* scores, const Span& span, float& total, float& largest) {
-  const int64_t from = span.panel_begin * PANEL, to = span.panel_end * PANEL;
+void exponentials(float* scores, const Spans& spans, float& total, float& largest) {
   Vec most(LEAST);
-  for (int64_t c = from; c < to; c += LANES) most = at::vec::maximum(most, Vec::loadu(scores + c));
+  for (const Span& span : spans)
+    for (int64_t c = span.from(); c < span.to(); c += LANES) most = at::vec::maximum(most, Vec::loadu(scores + c));
   largest = at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, most);
   Vec totals(0.f);
-  for (int64_t c = from; c < to; c += LANES) {
-    const Vec share = (Vec::loadu(scores + c) - Vec(largest)).exp_u20();
-    share.store(scores + c);
-    totals = totals + share;
-  }
+  for (const Span& span : spans)
+    for (int64_t c = span.from(); c < span.to(); c += LANES) {
+      const Vec share = (Vec::loadu(scores + c) - Vec(largest)).exp_u20();
+      share.store(scores + c);
+      totals = totals + share;
+    }
   total = sum_of(totals);
 }
 
@@ -199,31 +219,30 @@ struct Shape {
 }  // namespace
 
 // Pointers of (rows, heads, length, size) come with their strides of rows, heads and positions. out (rows, length,
-// heads, size) and log_z (rows, heads, length) have no gaps. False if a query does not see one run of columns.
+// heads, size), log_z (rows, heads, length) and sights (rows, length) have no gaps. False if sights are not in order.
 extern "C" bool attend_rows(
     const float* query, const int64_t* query_strides, const float* key, const int64_t* key_strides, const float* value,
-    const int64_t* value_strides, const uint8_t* seen, float* out, float* log_z, int64_t rows, int64_t shared,
+    const int64_t* value_strides, const Sight* all_sights, float* out, float* log_z, int64_t rows, int64_t shared,
     int64_t group, int64_t length, float scale) {
   const Rows queries(query, query_strides), keys(key, key_strides), values(value, value_strides);
   const Shape shape(rows, shared, group, length);
   const int64_t heads = shape.heads, padded = shape.padded;
-  const auto all_runs = runs_of(seen, rows * length, length);
-  if (all_runs.empty()) return false;
+  if (!in_order(all_sights, rows, length)) return false;
   shape.for_tasks([&](int64_t r, int64_t s, int64_t part) {
     const Floats panels = floats(padded * SIZE), scores = floats(TILE * padded);
     float asked[TILE * SIZE], sums[TILE * SIZE];
-    const Run* runs = all_runs.data() + r * length;
+    const Sight* sights = all_sights + r * length;
     transpose(keys.at(r, s), keys.position, length, panels.get());
     for (int64_t h = s * group; h < (s + 1) * group; ++h) {
       for (int64_t begin = part * TILE; begin < length; begin += shape.parts * TILE) {
         const int64_t stop = std::min(begin + TILE, length);
-        const Span span = span_of(runs, begin, stop);
+        const Spans spans = spans_of(sights, begin, stop);
         load_tile(queries.at(r, h), queries.position, begin, length, scale, asked);
-        times_panels(asked, panels.get(), span, padded, scores.get());
-        blank(runs, begin, stop, span, padded, scores.get());
+        for (const Span& span : spans) times_panels(asked, panels.get(), span, padded, scores.get());
+        blank(sights, begin, stop, spans, padded, scores.get());
         float total[TILE], largest[TILE];
-        for (int64_t q = 0; q < TILE; ++q) exponentials(scores.get() + q * padded, span, total[q], largest[q]);
-        times_positions(scores.get(), padded, values.at(r, s), values.position, span, sums);
+        for (int64_t q = 0; q < TILE; ++q) exponentials(scores.get() + q * padded, spans, total[q], largest[q]);
+        times_positions(scores.get(), padded, values.at(r, s), values.position, spans, sums);
         for (int64_t q = begin; q < stop; ++q) {
           float* to = out + ((r * length + q) * heads + h) * SIZE;
           const Vec divisor(total[q - begin]);
@@ -240,14 +259,13 @@ extern "C" bool attend_rows(
 // The gradients have the layout of out: (rows, length, heads, size).
 extern "C" void attend_rows_backward(
     const float* query, const int64_t* query_strides, const float* key, const int64_t* key_strides, const float* value,
-    const int64_t* value_strides, const uint8_t* seen, const float* out, const float* log_z, const float* grad,
+    const int64_t* value_strides, const Sight* all_sights, const float* out, const float* log_z, const float* grad,
     const int64_t* grad_strides, float* grad_query, float* grad_key, float* grad_value, int64_t rows, int64_t shared,
     int64_t group, int64_t length, float scale) {
   const Rows queries(query, query_strides), keys(key, key_strides), values(value, value_strides);
   const Rows grads(grad, grad_strides);
   const Shape shape(rows, shared, group, length);
   const int64_t heads = shape.heads, padded = shape.padded;
-  const auto all_runs = runs_of(seen, rows * length, length);
   const int64_t parts = shape.parts, of_part = rows * length * shared * SIZE;
   std::vector<float> more(2 * (parts - 1) * of_part);  // what the other parts add to the gradients of keys and values
   shape.for_tasks([&](int64_t r, int64_t s, int64_t part) {
@@ -257,18 +275,20 @@ extern "C" void attend_rows_backward(
     float asked[TILE * SIZE], given[TILE * SIZE], sums[TILE * SIZE];
     std::memset(of_keys.get(), 0, length * SIZE * sizeof(float));
     std::memset(of_values.get(), 0, length * SIZE * sizeof(float));
-    const Run* runs = all_runs.data() + r * length;
+    const Sight* sights = all_sights + r * length;
     transpose(keys.at(r, s), keys.position, length, key_panels.get());
     transpose(values.at(r, s), values.position, length, value_panels.get());
     for (int64_t h = s * group; h < (s + 1) * group; ++h) {
       for (int64_t begin = part * TILE; begin < length; begin += parts * TILE) {
         const int64_t stop = std::min(begin + TILE, length);
-        const Span span = span_of(runs, begin, stop);
+        const Spans spans = spans_of(sights, begin, stop);
         load_tile(queries.at(r, h), queries.position, begin, length, scale, asked);
         load_tile(grads.at(r, h), grads.position, begin, length, 1.f, given);
-        times_panels(asked, key_panels.get(), span, padded, shares.get());
-        blank(runs, begin, stop, span, padded, shares.get());
-        times_panels(given, value_panels.get(), span, padded, slopes.get());
+        for (const Span& span : spans) {
+          times_panels(asked, key_panels.get(), span, padded, shares.get());
+          times_panels(given, value_panels.get(), span, padded, slopes.get());
+        }
+        blank(sights, begin, stop, spans, padded, shares.get());
         for (int64_t q = 0; q < TILE; ++q) {
           float along = 0, z = 0;  // ∂loss/∂out · out, and log Z
           if (begin + q < stop) {
@@ -280,20 +300,23 @@ extern "C" void attend_rows_backward(
             z = log_z[(r * heads + h) * length + begin + q];
           }
           float *share = shares.get() + q * padded, *slope = slopes.get() + q * padded;
-          for (int64_t c = span.panel_begin * PANEL; c < span.panel_end * PANEL; c += LANES) {
-            const Vec p = (Vec::loadu(share + c) - Vec(z)).exp_u20();
-            p.store(share + c);
-            (p * (Vec::loadu(slope + c) - Vec(along))).store(slope + c);
-          }
+          for (const Span& span : spans)
+            for (int64_t c = span.from(); c < span.to(); c += LANES) {
+              const Vec p = (Vec::loadu(share + c) - Vec(z)).exp_u20();
+              p.store(share + c);
+              (p * (Vec::loadu(slope + c) - Vec(along))).store(slope + c);
+            }
         }
-        times_positions(slopes.get(), padded, keys.at(r, s), keys.position, span, sums);
+        times_positions(slopes.get(), padded, keys.at(r, s), keys.position, spans, sums);
         for (int64_t q = begin; q < stop; ++q) {
           float* into = grad_query + ((r * length + q) * heads + h) * SIZE;
           for (int64_t i = 0; i < SIZE; i += LANES)
             (Vec::loadu(sums + (q - begin) * SIZE + i) * Vec(scale)).store(into + i);
         }
-        add_to_positions(slopes.get(), padded, asked, span, of_keys.get());
-        add_to_positions(shares.get(), padded, given, span, of_values.get());
+        for (const Span& span : spans) {
+          add_to_positions(slopes.get(), padded, asked, span, of_keys.get());
+          add_to_positions(shares.get(), padded, given, span, of_values.get());
+        }
       }
     }
     float* into_keys = part ? more.data() + 2 * (part - 1) * of_part : grad_key;

@@ -1,7 +1,8 @@
 """Attention of packed rows on a CPU, with gradient: most of a compiled update beside the products with its weights.
 
 An operator of our own (attend_rows.cpp), built once for each head size by the compiler that torch.compile needs anyway.
-torch's kernel for a CPU multiplies with all keys and then masks; here the work is that of what each token sees.
+torch's kernel for a CPU multiplies with all keys and then masks; here the work is that of what each token sees, however
+long the row.
 """
 
 from __future__ import annotations
@@ -28,47 +29,48 @@ def attends_rows(query: Tensor, key: Tensor) -> bool:
     )
 
 
-def attend_rows(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> Tensor:
-    """softmax(scale · q kᵀ) v over the columns that `seen` allows: (R, L, heads, size) float32, with gradient.
+def attend_rows(query: Tensor, key: Tensor, value: Tensor, sees: Tensor, scale: float) -> Tensor:
+    """softmax(scale · q kᵀ) v over the columns that each query sees: (R, L, heads, size) float32, with gradient.
 
-    query (R, heads, L, size) float32 · key, value (R, shared heads, L, size) float32 · seen (R, L, L) bool. Each query
-    must see one run of columns, as it does in a window of its own rollout; ValueError where one does not.
+    query (R, heads, L, size) float32 · key, value (R, shared heads, L, size) float32 · sees (R, L, 3) int32 as in
+    `Packed`.
     """
-    return torch.ops.prune_opd.attend_rows(query, key, value, seen, scale)[0]
+    return torch.ops.prune_opd.attend_rows(query, key, value, sees, scale)[0]
 
 
 torch.library.define(
     "prune_opd::attend_rows",
-    "(Tensor query, Tensor key, Tensor value, Tensor seen, float scale) -> (Tensor, Tensor)",
+    "(Tensor query, Tensor key, Tensor value, Tensor sees, float scale) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "prune_opd::attend_rows_backward",
-    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor seen, Tensor out, Tensor log_z, float scale)"
+    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor sees, Tensor out, Tensor log_z, float scale)"
     " -> (Tensor, Tensor, Tensor)",
 )
 
 
 @torch.library.impl("prune_opd::attend_rows", "CPU")
-def _forward(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    query, key, value, seen = _dense(query), _dense(key), _dense(value), seen.contiguous()
+def _forward(query: Tensor, key: Tensor, value: Tensor, sees: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    query, key, value, sees = _dense(query), _dense(key), _dense(value), sees.contiguous()
     out, log_z = _empty_like(query).transpose(1, 2), query.new_empty(query.shape[:3])
-    if not _kernels(query.shape[3]).attend_rows(
-        *_pointers(query, key, value), seen.data_ptr(), out.data_ptr(), log_z.data_ptr(), *_sizes(query, key), scale
-    ):
-        raise ValueError("a query of a packed row sees no column, or columns with a gap between them")
+    assert sees.dtype == torch.int32
+    in_order = _kernels(query.shape[3]).attend_rows(
+        *_pointers(query, key, value), sees.data_ptr(), out.data_ptr(), log_z.data_ptr(), *_sizes(query, key), scale
+    )
+    assert in_order, "a column sees what lies behind it, or a prompt behind its own rollout"
     return out, log_z
 
 
 @torch.library.impl("prune_opd::attend_rows_backward", "CPU")
 def _backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, seen: Tensor, out: Tensor, log_z: Tensor, scale: float
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, sees: Tensor, out: Tensor, log_z: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     query, key, value, grad = _dense(query), _dense(key), _dense(value), _dense(grad).transpose(1, 2)
-    seen, out, log_z = seen.contiguous(), out.contiguous(), log_z.contiguous()
+    sees, out, log_z = sees.contiguous(), out.contiguous(), log_z.contiguous()
     gradients = _empty_like(query), _empty_like(key), _empty_like(value)
     _kernels(query.shape[3]).attend_rows_backward(
         *_pointers(query, key, value),
-        *(tensor.data_ptr() for tensor in (seen, out, log_z)),
+        *(tensor.data_ptr() for tensor in (sees, out, log_z)),
         *_pointers(grad),
         *(gradient.data_ptr() for gradient in gradients),
         *_sizes(query, key),
@@ -78,7 +80,7 @@ def _backward(
 
 
 @torch.library.register_fake("prune_opd::attend_rows")
-def _(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, sees: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return _empty_like(query).transpose(1, 2), query.new_empty(query.shape[:3])
 
 

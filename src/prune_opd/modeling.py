@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from prune_opd.attend_one import HEAD_SIZES
 from prune_opd.attend_rows import attend_rows, attends_rows
 from prune_opd.core.head import OutputHead
 from prune_opd.errors import ModelError
@@ -134,33 +135,73 @@ def output_head(model: torch.nn.Module) -> OutputHead:
     return head
 
 
-def packed_inputs(model: torch.nn.Module, part: Packed) -> dict[str, Any]:
-    """Keyword arguments for the body over packed rows (R, L): causal attention inside each rollout, none across."""
-    place = torch.arange(part.input_ids.shape[-1], device=part.input_ids.device)
-    distance = (place[:, None] - place)[None]
-    together = part.rollout_ids[:, :, None] == part.rollout_ids[:, None, :]
-    return {
+def packed_states(model: torch.nn.Module, part: Packed) -> Tensor:
+    """`hidden_states` (R, L, H) of packed rows: causal attention inside each rollout and to its prompt, none across."""
+    by_kernel = attends_packed_rows(model, compile=torch.compiler.is_compiling())
+
+    def mask(window: int | None) -> Tensor:
+        sees = part.sees if window is None else in_window(part.sees, part.position_ids, window)
+        return sees[:, None] if by_kernel else _as_mask(_causal_lm(model), seen_columns(sees))
+
+    inputs = {
         "input_ids": part.input_ids,
         "position_ids": part.position_ids,
-        "attention_mask": attention_mask(model, together & (distance >= 0), distance),
+        "attention_mask": for_layers(model, mask),
     }
+    return hidden_states(model, inputs)
+
+
+def attends_packed_rows(model: torch.nn.Module, *, compile: bool) -> bool:
+    """Whether `attend_rows` serves for this model: then its time is that of what each token sees, however long a row.
+
+    compile: whether its forward runs compiled, in float32.
+    """
+    config = _causal_lm(model).config.get_text_config()
+    parameter = next(model.parameters())
+    return (
+        compile
+        and config._attn_implementation in ("sdpa", PACKED_ATTENTION)
+        and parameter.device.type == "cpu"
+        and parameter.dtype == torch.float32
+        and (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) in HEAD_SIZES
+    )
+
+
+def in_window(sees: Tensor, position_ids: Tensor, window: int) -> Tensor:
+    """`Packed.sees` (R, L, 3) where no token sees further back than `window` tokens, itself included."""
+    begin, prompt_begin, prompt_end = sees.unbind(-1)
+    column = torch.arange(sees.shape[1], dtype=torch.int32, device=sees.device)
+    first = (position_ids - window + 1).clamp(min=0).int()  # position that is seen
+    prompt_begin = torch.minimum(prompt_begin + first, prompt_end)
+    return torch.stack([torch.maximum(begin, column - window + 1), prompt_begin, prompt_end], dim=-1)
+
+
+def seen_columns(sees: Tensor) -> Tensor:
+    """`Packed.sees` (R, L, 3) as a mask (R, L, L) bool: whether a column, second axis, sees another, third axis."""
+    column = torch.arange(sees.shape[1], dtype=torch.int32, device=sees.device)
+    begin, prompt_begin, prompt_end = sees.unsqueeze(2).unbind(-1)
+    response = (column >= begin) & (column <= column[:, None])
+    return response | ((column >= prompt_begin) & (column < prompt_end))
 
 
 def packed_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **others: Any
 ) -> tuple[Tensor, None]:
-    """What transformers' `sdpa` computes over the rows of `packed_inputs`: (R, L, heads, head size), with gradient.
+    """What transformers' `sdpa` computes over the rows of `packed_states`: (R, L, heads, head size), with gradient.
 
     query (R, heads, L, head size) · key, value (R, shared heads, L, head size) · attention_mask (R, 1, L, L) bool, or
-    None. No token sees a later one, but torch's kernel on a CPU multiplies with all keys, whatever the mask says. So
+    `Packed.sees` (R, 1, L, 3) int32, or None. No token sees a later one, but torch's kernel on a CPU multiplies with all keys, whatever the mask says. So
     queries go in blocks, and each block reads the keys up to its own end: 5/8 of the products. Compiled code has a
     kernel that leaves out all that is not seen.
     """
+    if attention_mask is not None and attention_mask.dtype == torch.int32:
+        sees = attention_mask[:, 0]
+        if not others.get("dropout") and others.get("position_bias") is None and attends_rows(query, key):
+            scale = query.shape[3] ** -0.5 if others.get("scaling") is None else others["scaling"]
+            return attend_rows(query, key, value, sees, scale), None
+        attention_mask = seen_columns(sees)[:, None]
     if attention_mask is None or others.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
-    if not others.get("dropout") and attends_rows(query, key):
-        scale = query.shape[3] ** -0.5 if others.get("scaling") is None else others["scaling"]
-        return attend_rows(query, key, value, attention_mask[:, 0], scale), None
     length = query.shape[2]
     short = 2 * QUERY_BLOCKS if torch.compiler.is_compiling() else SHORT_ROW  # one block is compiled code of its own
     if query.device.type != "cpu" or key.shape[2] != length or length < short:
@@ -204,8 +245,19 @@ def attended_by(model: torch.nn.Module, attention: str) -> Iterator[None]:
 def attention_mask(model: torch.nn.Module, visible: Tensor, distance: Tensor) -> Tensor | dict[str, Tensor]:
     """The mask that a Hugging Face model takes as it is: visible (R, q, keys) bool, with sliding windows applied.
 
-    distance (R or 1, q, keys): query position minus key position, in tokens. Raises ModelError for layers that are
-    neither full nor sliding attention.
+    distance (R or 1, q, keys): query position minus key position, in tokens. Raises as `for_layers`.
+    """
+    causal_lm = _causal_lm(model)
+    return for_layers(
+        model,
+        lambda window: _as_mask(causal_lm, visible if window is None else visible & (distance < window)),
+    )
+
+
+def for_layers(model: torch.nn.Module, mask: Callable[[int | None], Tensor]) -> Tensor | dict[str, Tensor]:
+    """What `mask` makes of no window, or of the sliding one, as a Hugging Face model takes it for its kinds of layers.
+
+    Raises ModelError for layers that are neither full nor sliding attention.
     """
     causal_lm = _causal_lm(model)
     config = causal_lm.config.get_text_config()
@@ -216,11 +268,10 @@ def attention_mask(model: torch.nn.Module, visible: Tensor, distance: Tensor) ->
             "packed update know full_attention and sliding_attention. Use a student and teacher of plain attention"
         )
     window = getattr(config, "sliding_window", None)
-    full = _as_mask(causal_lm, visible)
     if window is None or types == {"full_attention"}:
-        return full
-    sliding = _as_mask(causal_lm, visible & (distance < window))
-    return {"full_attention": full, "sliding_attention": sliding} if types else sliding
+        return mask(None)
+    sliding = mask(window)
+    return {"full_attention": mask(None), "sliding_attention": sliding} if types else sliding
 
 
 def _as_mask(model: Any, visible: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ from prune_opd.errors import NonFiniteError
 from prune_opd.events import drift_events
 from prune_opd.finite import check_student, check_teacher
 from prune_opd.inflight import InFlightStop, audited
-from prune_opd.modeling import PACKED_ATTENTION, attended_by, compiled, hidden_states, output_head, packed_inputs
+from prune_opd.modeling import PACKED_ATTENTION, attended_by, attends_packed_rows, compiled, output_head, packed_states
 from prune_opd.sampling.base import Sampler, rollout_uniforms
 from prune_opd.teachers.base import Teacher
 from prune_opd.tracking.metrics import Stopwatch
@@ -84,8 +84,8 @@ class StepResult:
     """What one step did. numbers: which of the step's rollouts these are (a rank's share) · events, weight (B, T) ·
     audit (B,) bool · spent_at (B,) as in `DriftMonitor`, when in flight · rewards (B,) float64 of the task, NaN where
     it gave none; None without one · loss, of all ranks: teacher's per `weight_normalization`, in nats, and the task's ·
-    packed_tokens: columns that the update fed, padding included · trainer_logprobs (B, T) of the sampled tokens before
-    the update, where another policy sampled them.
+    packed_tokens: columns that the update fed, of which `padding` held nothing · trainer_logprobs (B, T) of the
+    sampled tokens before the update, where another policy sampled them.
     """
 
     numbers: Sequence[int]
@@ -101,6 +101,7 @@ class StepResult:
     loss: float
     grad_norm: float
     packed_tokens: int
+    padding: int
     trainer_logprobs: Tensor | None
     seconds: dict[str, float]
 
@@ -184,13 +185,14 @@ def prune_opd_step(
         tokens, weighed = world.sum(float(mask.sum())), world.sum(float(weight.sum()))
         denominator = tokens if objective.weight_normalization == "token_mean" else weighed
         teacher_factor = config.reward.opd_kl_coef / denominator if weighed else 0.0
-        loss_sum, packed_tokens = 0.0, 0
+        loss_sum, packed_tokens, padding = 0.0, 0, 0
         trainer_logprobs = None if rollouts.sampled_logprobs is None else torch.zeros_like(rollouts.sampled_logprobs)
-        states = compiled(hidden_states) if config.model.compile else hidden_states
+        states = compiled(packed_states) if config.model.compile else packed_states
+        long_rows = attends_packed_rows(student, compile=config.model.compile and not training.bf16)
         optimizer.zero_grad(set_to_none=True)
-        for part in world.even(pack(rollouts, training.micro_batch_tokens), device):
+        for part in world.even(pack(rollouts, training.micro_batch_tokens, long_rows=long_rows), device):
             with torch.autocast(device.type, torch.bfloat16, enabled=training.bf16):
-                hidden = states(student, packed_inputs(student, part))[part.row, part.column]
+                hidden = states(student, part)[part.row, part.column]
             part_weight, part_advantage = weight, advantage
             at_candidates, at_sampled = from_hidden(
                 student, hidden, vocab_size, rollouts, scores, part, teacher, objective, liger=config.model.liger_head
@@ -206,7 +208,7 @@ def prune_opd_step(
                 loss = loss + of_task.loss / tokens
             loss.backward()
             loss_sum += loss.item()
-            packed_tokens += part.input_ids.numel()
+            packed_tokens, padding = packed_tokens + part.input_ids.numel(), padding + part.padding
         loss_sum = world.sum(loss_sum)
         if not math.isfinite(loss_sum):
             raise NonFiniteError(
@@ -244,6 +246,7 @@ def prune_opd_step(
         loss=loss_sum,
         grad_norm=grad_norm.item(),
         packed_tokens=packed_tokens,
+        padding=padding,
         trainer_logprobs=trainer_logprobs,
         seconds=dict(watch.seconds),
     )

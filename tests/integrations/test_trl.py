@@ -18,7 +18,7 @@ from trl import DistillationConfig
 from prune_opd.config import InFlightSection, ObjectiveSection, PruningSection
 from prune_opd.errors import ConfigError
 from prune_opd.integrations.trl import WINDOW_FILE, PruneDistillationTrainer
-from prune_opd.modeling import hidden_states, output_head, packed_inputs
+from prune_opd.modeling import output_head, packed_states
 from prune_opd.step import prune_opd_step
 from prune_opd.teachers.local import LocalTeacher
 from prune_opd.training.trainer import build_optimizer, build_window
@@ -84,7 +84,7 @@ class Replay:
     def sample(self, prompts, uniforms, *, top_k, **settings):
         found = TopK.empty(*self.rollouts.response_ids.shape, top_k)
         for part in pack(self.rollouts, 10**6):
-            hidden = hidden_states(self.student, packed_inputs(self.student, part))[part.row, part.column]
+            hidden = packed_states(self.student, part)[part.row, part.column]
             logprobs = output_head(self.student).logits(hidden).log_softmax(-1)
             top = logprobs.topk(top_k, dim=-1)
             where = part.rollout, part.position

@@ -41,7 +41,7 @@ from prune_opd.core.window import TrainingWindow
 from prune_opd.errors import ConfigError
 from prune_opd.events import drift_events
 from prune_opd.inflight import InFlightStop, audited
-from prune_opd.modeling import hidden_states, packed_inputs
+from prune_opd.modeling import packed_states
 from prune_opd.sampling.base import Span
 from prune_opd.step import from_hidden, loss_sums
 from prune_opd.teachers.local import LocalTeacher
@@ -271,7 +271,7 @@ class PruneDistillationTrainer(DistillationTrainer):
         mine = replace(batch.rollouts, response_mask=mask & chosen[:, None])
         loss = torch.zeros((), device=mask.device)
         for part in pack(mine, token_budget=mask.numel() + sum(map(len, mine.prompts))):
-            hidden = hidden_states(unwrapped_student, packed_inputs(unwrapped_student, part))[part.row, part.column]
+            hidden = packed_states(unwrapped_student, part)[part.row, part.column]
             found = from_hidden(
                 unwrapped_student,
                 hidden,

@@ -10,7 +10,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prune_opd.core.head import OutputHead, head_statistics
-from prune_opd.modeling import PACKED_ATTENTION, attended_by, compiled, hidden_states, output_head, packed_inputs
+from prune_opd.modeling import (
+    PACKED_ATTENTION,
+    attended_by,
+    attends_packed_rows,
+    compiled,
+    hidden_states,
+    output_head,
+    packed_states,
+)
 from prune_opd.sampling.base import Span
 from prune_opd.slots import SLOT_ATTENTION, SlotCache
 from prune_opd.types import Packed, Rollouts, TeacherScores, TopK, pack
@@ -27,6 +35,8 @@ class LocalTeacher:
         self, model: PreTrainedModel, *, vocab_size: int, token_budget: int | None = None, compile: bool = False
     ) -> None:
         self.hidden_states = compiled(hidden_states) if compile else hidden_states
+        self.packed_states = compiled(packed_states) if compile else packed_states
+        self.long_rows = attends_packed_rows(model, compile=compile)
         self.model, self.token_budget = model.eval().requires_grad_(False), token_budget
         self.head, self.vocab_size = output_head(model), vocab_size
 
@@ -50,13 +60,13 @@ class LocalTeacher:
     def read(self, scores: TeacherScores, rollouts: Rollouts) -> None:
         """Fill in the scores of all kept tokens, in packed forwards of whole rollouts."""
         assert rollouts.student is not None
-        for part in pack(rollouts, self.token_budget):
+        for part in pack(rollouts, self.token_budget, long_rows=self.long_rows):
             hidden = self._packed_states(part)
             self.write(scores, hidden, part.rollout, part.position, rollouts.response_ids, rollouts.student)
 
     def _packed_states(self, part: Packed) -> Tensor:
         with attended_by(self.model, PACKED_ATTENTION):
-            return self.hidden_states(self.model, packed_inputs(self.model, part))[part.row, part.column]
+            return self.packed_states(self.model, part)[part.row, part.column]
 
     def write(
         self,

@@ -94,12 +94,6 @@ def stop_metrics(
     }
 
 
-def trained_inputs(rollouts: Rollouts) -> int:
-    """Tokens that the update had to feed: prompt and response of each rollout, less its last token."""
-    lengths = rollouts.lengths.tolist()
-    return sum(len(prompt) + n - 1 for prompt, n in zip(rollouts.prompts, lengths, strict=True) if n > 0)
-
-
 class Stopwatch:
     """Seconds by phase; a phase inside another is not part of the outer one.
 

@@ -22,7 +22,7 @@ from prune_opd.core.drift import drift_report
 from prune_opd.core.head import head_statistics
 from prune_opd.core.overlap import overlap_mass, topk_overlap
 from prune_opd.errors import ModelError
-from prune_opd.modeling import PACKED_ATTENTION, attended_by, hidden_states, output_head, packed_inputs
+from prune_opd.modeling import PACKED_ATTENTION, attended_by, output_head, packed_states
 from prune_opd.replay import SAFE_SHARE
 from prune_opd.sampling.base import Sampler, rollout_uniforms
 from prune_opd.sampling.local import LocalSampler
@@ -104,7 +104,7 @@ def candidates_along(
     model.eval()
     for part in pack(rollouts, token_budget):
         with attended_by(model, PACKED_ATTENTION):
-            hidden = hidden_states(model, packed_inputs(model, part))[part.row, part.column]
+            hidden = packed_states(model, part)[part.row, part.column]
         statistics = head_statistics(hidden, head, top_k=top_k, vocab_size=vocab_size)
         where = part.rollout, part.position
         found.ids[where], found.logprobs[where] = statistics.topk_ids, statistics.topk_logprobs

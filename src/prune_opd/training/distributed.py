@@ -144,8 +144,8 @@ def merged(result: StepResult, world: World) -> StepResult | None:
     order = torch.tensor([number for one in found for number in one.numbers]).argsort()
     together = _together([one for one in found if one.numbers], order)
     of_the_step = {name: getattr(result, name) for name in ("window", "loss", "grad_norm", "seconds")}
-    packed_tokens = sum(one.packed_tokens for one in found)  # ranks without a rollout feed a column too
-    return _to(replace(together, packed_tokens=packed_tokens, **of_the_step), result.weight.device)
+    fed = {name: sum(getattr(one, name) for one in found) for name in ("packed_tokens", "padding")}  # by idle ranks too
+    return _to(replace(together, **fed, **of_the_step), result.weight.device)
 
 
 def _together(parts: Sequence[Any], order: Tensor) -> Any:

@@ -47,7 +47,6 @@ from prune_opd.tracking.metrics import (
     repetition_rate,
     reward_metrics,
     stop_metrics,
-    trained_inputs,
 )
 from prune_opd.tracking.rollouts import rollout_record
 from prune_opd.tracking.trackers import Log, start_trackers
@@ -595,7 +594,7 @@ def metrics_of(result: StepResult, config: Config) -> dict[str, Any]:
         "tokens/generated": rollouts.generated,
         "tokens/scored": scores.scored,
         "tokens/trained": trained,
-        "tokens/update_padding": 1 - trained_inputs(rollouts) / result.packed_tokens,
+        "tokens/update_padding": result.padding / result.packed_tokens,
         # Upper bounds: a rollout that was cut might have ended by itself before the whole budget was used.
         "tokens/saved": int((budget - lengths)[unfinished].sum()),
         "tokens/saved_by_stops": int((cap - lengths)[rollouts.stopped].sum()),
