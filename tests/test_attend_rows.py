@@ -150,7 +150,7 @@ def test_it_is_an_operator_that_the_compiler_can_trust():
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_models_attend_by_it_in_compiled_code(family, checkpointing, monkeypatch):
-    """States and gradients as by `sdpa`: full and sliding layers, heads that share keys, rollouts that share a prompt."""
+    """States and gradients as by `sdpa`: full and sliding layers, shared heads of keys, shared prompts."""
     model, parts = tiny_model(family, head_dim=16).train(), packed([70, 30, 30, 5], long_rows=True)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -42,8 +42,9 @@ def test_each_kept_token_is_predicted_once_from_its_prompt_and_what_was_said_bef
         seen = seen_columns(part.sees)
         assert seen.diagonal(dim1=1, dim2=2).all()
         for r, c, b, t in zip(*(x.tolist() for x in (part.row, part.column, part.rollout, part.position)), strict=True):
-            assert part.input_ids[r, seen[r, c]].tolist() == [*rollouts.prompts[b], *rollouts.response_ids[b, :t].tolist()]
-            assert part.position_ids[r, seen[r, c]].tolist() == list(range(len(rollouts.prompts[b]) + t))
+            before = [*rollouts.prompts[b], *rollouts.response_ids[b, :t].tolist()]
+            assert part.input_ids[r, seen[r, c]].tolist() == before
+            assert part.position_ids[r, seen[r, c]].tolist() == list(range(len(before)))
             predicted.append((b, t))
         fed = {(r, tuple(rollouts.prompts[b])) for r, b in zip(part.row.tolist(), part.rollout.tolist(), strict=True)}
         responses = sum(answers[b][1] - 1 for b in set(part.rollout.tolist()))

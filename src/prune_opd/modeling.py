@@ -6,7 +6,7 @@ product, so the head is read from the configuration and then held against the mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
@@ -36,7 +36,7 @@ PROBE_LOGIT = 50.0  # as large as logits get: a soft-cap of 30 or 100 shows, whi
 _verified: WeakSet[torch.nn.Module] = WeakSet()  # models whose head passed its probe
 
 
-def hidden_states(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+def hidden_states(model: torch.nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """(B, S, H): what the output head of `model` is applied to, for keyword inputs with (B, S) token ids.
 
     With gradient if the caller's mode says so. A LoRA student works as it is: its adapters live inside the body.
@@ -190,9 +190,9 @@ def packed_attention(
     """What transformers' `sdpa` computes over the rows of `packed_states`: (R, L, heads, head size), with gradient.
 
     query (R, heads, L, head size) · key, value (R, shared heads, L, head size) · attention_mask (R, 1, L, L) bool, or
-    `Packed.sees` (R, 1, L, 3) int32, or None. No token sees a later one, but torch's kernel on a CPU multiplies with all keys, whatever the mask says. So
-    queries go in blocks, and each block reads the keys up to its own end: 5/8 of the products. Compiled code has a
-    kernel that leaves out all that is not seen.
+    `Packed.sees` (R, 1, L, 3) int32, or None. No token sees a later one, but torch's kernel on a CPU multiplies with
+    all keys, whatever the mask says. So queries go in blocks, and each block reads the keys up to its own end: 5/8 of
+    the products. Compiled code has a kernel that leaves out all that is not seen.
     """
     if attention_mask is not None and attention_mask.dtype == torch.int32:
         sees = attention_mask[:, 0]

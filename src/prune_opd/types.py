@@ -115,11 +115,12 @@ def default_token_budget(device: torch.device) -> int:
 
 
 def pack(rollouts: Rollouts, token_budget: int | None = None, *, long_rows: bool = False) -> Iterator[Packed]:
-    """Micro-batches of at most `token_budget` columns (one row at least), rollouts packed by first-fit decreasing.
+    """Micro-batches of at most `token_budget` columns (one row at least).
 
-    A row is as wide as the longest rollout, or, where attention costs no more in longer rows (`long_rows`), as the
-    budget; shorter rollouts share one. Of each rollout, prompt + response without the last token are fed, since nothing
-    is predicted from it, and in each row a prompt once; rollouts without a kept token are left out.
+    A row is as wide as the longest rollout, and shorter ones share one, by first-fit decreasing. Where attention costs
+    no more in a longer row (`long_rows`), a micro-batch is one row, by first-fit in the given order, in which rollouts
+    of a prompt are neighbours. Of each rollout, prompt + response without the last token are fed, since nothing is
+    predicted from it, and in each row a prompt once; rollouts without a kept token are left out.
     """
     token_budget = token_budget or default_token_budget(rollouts.response_ids.device)
     fed = {b: n - 1 for b, n in enumerate(rollouts.lengths.tolist()) if n > 0}  # of each response
@@ -130,7 +131,7 @@ def pack(rollouts: Rollouts, token_budget: int | None = None, *, long_rows: bool
         widest = max(widest, token_budget)
     rows: list[dict[int, list[int]]] = []  # the rollouts of each prompt
     filled: list[int] = []
-    for b in sorted(fed, key=lambda b: -fed[b]):
+    for b in fed if long_rows else sorted(fed, key=lambda b: -fed[b]):
         prompt, alone = prompt_of[b], len(rollouts.prompts[b]) + fed[b]
         fits = [i for i, row in enumerate(rows) if filled[i] + (fed[b] if prompt in row else alone) <= widest]
         if not fits:
@@ -149,9 +150,7 @@ def pack(rollouts: Rollouts, token_budget: int | None = None, *, long_rows: bool
         order = order[count:]
 
 
-def _packed(
-    rollouts: Rollouts, rows: Sequence[Sequence[Sequence[int]]], width: int, fed: Mapping[int, int]
-) -> Packed:
+def _packed(rollouts: Rollouts, rows: Sequence[Sequence[Sequence[int]]], width: int, fed: Mapping[int, int]) -> Packed:
     """rows: in each, groups of rollouts that answer one prompt."""
     device, responses = rollouts.response_ids.device, rollouts.response_ids.cpu()
     input_ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -179,13 +178,5 @@ def _packed(
                 filled += n
         padding += width - filled
     row_of, column, rollout, position = torch.cat(places, dim=-1).to(device)
-    return Packed(
-        input_ids.to(device),
-        position_ids.to(device),
-        sees.to(device),
-        row_of,
-        column,
-        rollout,
-        position,
-        padding,
-    )
+    inputs = input_ids.to(device), position_ids.to(device), sees.to(device)
+    return Packed(*inputs, row_of, column, rollout, position, padding)

@@ -50,12 +50,16 @@ def check(scores, rollouts, model, vocab_size=VOCAB):
         torch.testing.assert_close(scores.topk.entropy[b, :n], entropy, **close)
 
 
-@pytest.mark.parametrize("token_budget", [1, 70])
+@pytest.mark.parametrize("token_budget, long_rows", [(1, False), (70, False), (70, True), (1000, True)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_scores_are_those_of_each_rollout_alone(family, token_budget):
+def test_packed_scores_are_those_of_each_rollout_alone(family, token_budget, long_rows):
+    """In long rows two of them share their prompt."""
     rollouts, _ = sample(family)
     model = tiny_model(family, seed=4)
-    scores = LocalTeacher(model, vocab_size=VOCAB, token_budget=token_budget).score(rollouts, top_k=K)
+    teacher = LocalTeacher(model, vocab_size=VOCAB, token_budget=token_budget)
+    assert not teacher.long_rows, "not compiled"
+    teacher.long_rows = long_rows
+    scores = teacher.score(rollouts, top_k=K)
     check(scores, rollouts, model)
     assert scores.scored == rollouts.lengths.sum()
 
