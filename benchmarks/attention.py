@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from prune_opd.attend_one import attend_one
 from prune_opd.attend_rows import attend_rows
-from prune_opd.modeling import output_head, packed_attention
+from prune_opd.modeling import output_head, packed_attention, seen_columns
 from prune_opd.sampling.local import Said, decode
 from prune_opd.slots import SLOT_ATTENTION, SlotCache
 from prune_opd.types import TopK
@@ -129,10 +129,9 @@ def attention_of_rows(repeats: int, rows: int = 5, heads: int = 4, size: int = 3
         length = sum(rollouts)
         states = [torch.randn(rows, length, heads, size).transpose(1, 2).requires_grad_() for _ in range(3)]
         rollout = torch.arange(len(rollouts)).repeat_interleave(torch.tensor(rollouts))
-        seen = (rollout[:, None] == rollout) & torch.ones(length, length, dtype=torch.bool).tril()
-        seen = seen.expand(rows, 1, -1, -1).contiguous()
         begin = torch.searchsorted(rollout, rollout).int()  # rollouts without a prompt that others share
         sees = begin[None, :, None].expand(rows, -1, 3)
+        seen = seen_columns(sees)[:, None]
         gradient = torch.randn(rows, length, heads, size)
         arms = {
             "sdpa": lambda q, k, v, m=seen: scaled_dot_product_attention(q, k, v, attn_mask=m).transpose(1, 2),
