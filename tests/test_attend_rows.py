@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from prune_opd import modeling
 from prune_opd.attend_one import HEAD_SIZES
 from prune_opd.attend_rows import _kernels, attend_rows
-from prune_opd.modeling import PACKED_ATTENTION, in_window, seen_columns
+from prune_opd.modeling import PACKED_ATTENTION, attended_by, in_window, seen_columns
 from tests.families import tiny_model
 from tests.test_compile import needs_compiler
 from tests.test_packed_attention import packed, states_and_gradients
@@ -167,6 +167,17 @@ def test_models_attend_by_it_in_compiled_code(family, checkpointing, monkeypatch
     assert len(used) == 2 * len(parts) * (2 if checkpointing else 1), "layers, and again in the backward"
     for got, want in zip(got_all, want_all, strict=True):
         assert ((got - want).norm() / want.norm()).item() < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_states_of_several_types_attend_otherwise(family, monkeypatch):
+    """Under autocast values are bfloat16 beside queries and keys that rotation made float32."""
+    model, (part, *_) = tiny_model(family, head_dim=16), packed([70, 30, 30, 5], long_rows=True)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), attended_by(model, PACKED_ATTENTION):
+        want = modeling.packed_states(model, part)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        got = modeling.packed_states(model, part)
+    assert ((got - want).norm() / want.norm()).item() < 1e-2
 
 
 @pytest.mark.parametrize("change", ["eager", "dropout", "bias", "double", "size"])

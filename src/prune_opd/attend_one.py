@@ -17,13 +17,20 @@ HEAD_SIZES = (16, 32, 64, 80, 96, 128, 256)  # those of attend_one.cpp
 
 
 def attends_one(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether `attend_one` is the way for query (R, heads, q, size): one a row, float32, in code that is compiled."""
+    """Whether `attend_one` is the way for query (R, heads, q, size): one a row, and `has_code_for` it."""
+    return query.shape[2] == 1 and has_code_for(query, key, value)
+
+
+def has_code_for(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether our kernels may read these states: (R, heads, q, size) in float32 on a CPU, in code that is compiled.
+
+    All three are looked at: under autocast a value may be bfloat16 beside a float32 query and key.
+    """
     return (
         torch.compiler.is_compiling()
-        and query.shape[2] == 1
         and value.shape == key.shape
         and query.device.type == "cpu"
-        and query.dtype == torch.float32
+        and query.dtype == key.dtype == value.dtype == torch.float32
         and query.shape[3] in HEAD_SIZES
     )
 

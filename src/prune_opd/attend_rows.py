@@ -15,18 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_opd.attend_one import HEAD_SIZES
+from prune_opd.attend_one import has_code_for
 
 
-def attends_rows(query: Tensor, key: Tensor) -> bool:
-    """Whether `attend_rows` is the way for query (R, heads, L, size): float32 rows, in code that is compiled."""
-    return (
-        torch.compiler.is_compiling()
-        and query.shape[2] == key.shape[2]
-        and query.device.type == "cpu"
-        and query.dtype == torch.float32
-        and query.shape[3] in HEAD_SIZES
-    )
+def attends_rows(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `attend_rows` is the way for query (R, heads, L, size): whole rows, and `has_code_for` them."""
+    return query.shape[2] == key.shape[2] and has_code_for(query, key, value)
 
 
 def attend_rows(query: Tensor, key: Tensor, value: Tensor, sees: Tensor, scale: float) -> Tensor:

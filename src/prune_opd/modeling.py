@@ -196,7 +196,7 @@ def packed_attention(
     """
     if attention_mask is not None and attention_mask.dtype == torch.int32:
         sees = attention_mask[:, 0]
-        if not others.get("dropout") and others.get("position_bias") is None and attends_rows(query, key):
+        if not others.get("dropout") and others.get("position_bias") is None and attends_rows(query, key, value):
             scale = query.shape[3] ** -0.5 if others.get("scaling") is None else others["scaling"]
             return attend_rows(query, key, value, sees, scale), None
         attention_mask = seen_columns(sees)[:, None]
