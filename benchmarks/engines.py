@@ -46,10 +46,10 @@ from transformers import (
 
 from prune_opd.config import DataSection
 from prune_opd.data.source import training_prompts
-from prune_opd.sampling.base import Sampler, Watcher, rollout_uniforms
-from prune_opd.sampling.local import LocalSampler
-from prune_opd.sampling.vllm import VLLMSampler
-from prune_opd.training.models import resolve_model
+from prune_opd.models.loading import resolve_model
+from prune_opd.rollout.base import Sampler, Watcher, rollout_uniforms
+from prune_opd.rollout.local import LocalSampler
+from prune_opd.rollout.vllm import VLLMSampler
 
 MODEL, PAD = "embedded:low-student", 0
 LOADS = ["ragged", "equal", "refilling"]

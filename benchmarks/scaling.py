@@ -45,12 +45,12 @@ from rich.table import Table
 from transformers import PretrainedConfig, Qwen3Config, Qwen3ForCausalLM
 
 from prune_opd.config import Config, parse_config
-from prune_opd.sampling.local import LocalSampler
+from prune_opd.models.loading import resolve_model
+from prune_opd.models.packing import default_token_budget
+from prune_opd.rollout.local import LocalSampler
 from prune_opd.step import StepResult, prune_opd_step
 from prune_opd.teachers.local import LocalTeacher
-from prune_opd.training.models import resolve_model
 from prune_opd.training.trainer import build_optimizer
-from prune_opd.types import default_token_budget
 
 PHASES = ("rollout", "teacher", "update")
 PROMPT_TOKENS = 16

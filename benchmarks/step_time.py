@@ -42,10 +42,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from transformers.utils import logging
 
 from prune_opd.config import Config, parse_config
-from prune_opd.data.prompts import Prompt
-from prune_opd.tracking.metrics import Stopwatch
-from prune_opd.training.models import load_model, resolve_model
+from prune_opd.models.loading import load_model, resolve_model
+from prune_opd.timing import Stopwatch
 from prune_opd.training.trainer import Trainer
+from prune_opd.types import Prompt
 
 Samples = dict[str, list[dict[str, float]]]
 

@@ -27,8 +27,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from prune_opd.data.tasks import FILLERS, LABELS, MAX_SUMS, MIN_SUMS, VOCABULARY, Problem, problems
 from prune_opd.evaluation.graders import grade
-from prune_opd.sampling.base import rollout_uniforms
-from prune_opd.sampling.local import LocalSampler
+from prune_opd.rollout.base import rollout_uniforms
+from prune_opd.rollout.local import LocalSampler
 
 ASSETS = Path(__file__).parent.parent / "src" / "prune_opd" / "assets"
 FILLER_WEIGHTS = [1 / (rank + 2) for rank in range(len(FILLERS))]  # Zipf: rambling has a typical top-k, too

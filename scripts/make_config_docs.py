@@ -23,7 +23,7 @@ them.
   that is not TOML is taken as a string.
 - An unknown setting is an error that names the nearest known one. A setting that has no effect in a recipe warns.
 
-This page is written by `make docs`; the words are those of `src/prune_opd/config.py`.
+This page is written by `make docs`; the words are those of `src/prune_opd/config/schema.py`.
 """
 
 

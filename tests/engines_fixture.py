@@ -13,8 +13,8 @@ from functools import cache
 import numpy as np
 
 from prune_opd.config import DynamicResponseLengthSection, ObjectiveSection, PruningSection
-from prune_opd.sampling.base import rollout_uniforms
-from prune_opd.sampling.local import LocalSampler
+from prune_opd.rollout.base import rollout_uniforms
+from prune_opd.rollout.local import LocalSampler
 from prune_opd.teachers.local import LocalTeacher
 from prune_opd.types import Rollouts, TeacherScores
 from tests.core import reference

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from prune_opd.data.prompts import Prompt
 from prune_opd.errors import ConfigError, RewardError
 from prune_opd.evaluation import graders
 from prune_opd.rewards import load_reward
+from prune_opd.types import Prompt
 
 PROMPTS = [
     Prompt("1 + 1 =", (1, 2), "2", "sums.jsonl:1"),
@@ -124,8 +124,8 @@ def test_grade_is_the_grader_of_the_prompt():
 
 def test_grade_uses_the_verifiers_of_reasoning_gym():
     pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed: make setup-smollm")
-    from prune_opd.data.gym import gym_problem
     from prune_opd.evaluation.graders import grade_gym
+    from prune_opd.evaluation.gym import gym_problem
 
     task = "reasoning_gym:letter_counting"
     prompts, golds = [], []

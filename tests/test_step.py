@@ -12,7 +12,7 @@ import torch
 
 from prune_opd.config import parse_config
 from prune_opd.errors import NonFiniteError
-from prune_opd.sampling.local import LocalSampler
+from prune_opd.rollout.local import LocalSampler
 from prune_opd.step import prune_opd_step
 from prune_opd.teachers.local import LocalStream, LocalTeacher
 from prune_opd.training.trainer import build_optimizer, build_window, metrics_of

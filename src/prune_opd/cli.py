@@ -16,7 +16,7 @@ from prune_opd.config import EvaluationSection, load_config
 from prune_opd.errors import ConfigError, PruneOPDError, RunInterrupted
 
 if TYPE_CHECKING:
-    from prune_opd.training.doctor import Finding
+    from prune_opd.preflight.doctor import Finding
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -62,14 +62,14 @@ def train(
     console.quiet = quiet
     config = load_config(recipe, set_ or ())
     if dry_run:
-        from prune_opd.training.plan import describe_plan
+        from prune_opd.preflight.plan import describe_plan
 
         console.print(describe_plan(config), markup=False, highlight=False, soft_wrap=True)
         return
-    from prune_opd.report.model_card import check_repo, push
-    from prune_opd.report.report import write_report
+    from prune_opd.distributed.sharding import launched
+    from prune_opd.reporting.report import write_report
     from prune_opd.training.checkpoint import latest_checkpoint
-    from prune_opd.training.distributed import launched
+    from prune_opd.training.hub import check_repo, push
     from prune_opd.training.trainer import Trainer
 
     if output_dir is None and resume not in ("auto", "never"):
@@ -107,7 +107,7 @@ def doctor(
 ) -> None:
     """Check RECIPE before it costs anything, and say what its pair promises. Exits with 1 if it cannot run."""
     config = load_config(recipe, set_ or ())
-    from prune_opd.training.doctor import examine
+    from prune_opd.preflight.doctor import examine
 
     marks = {
         "ok": "[green]ok[/]",
@@ -154,8 +154,8 @@ def compare(
     """Train several arms of RECIPE with the same seeds and compare accuracy and cost."""
     console.quiet = quiet
     config = load_config(recipe, set_ or ())
-    from prune_opd.report.report import write_report
-    from prune_opd.training.compare import compare as run_comparison
+    from prune_opd.experiments.compare import compare as run_comparison
+    from prune_opd.reporting.report import write_report
 
     output_dir = output_dir or default_output_dir(recipe.stem)
     run_comparison(
@@ -211,7 +211,7 @@ def evaluate(
 ) -> None:
     """Measure a model on a benchmark: Avg@k and pass@k with 95% intervals."""
     console.quiet = quiet
-    from prune_opd.evaluation.run import evaluate_model
+    from prune_opd.experiments.evaluate_model import evaluate_model
 
     evaluate_model(
         model,
@@ -246,7 +246,7 @@ def report(
     ] = None,
 ) -> None:
     """Write runs, or a comparison, as one HTML page that opens anywhere. A run that still goes on is fine."""
-    from prune_opd.report.report import write_report
+    from prune_opd.reporting.report import write_report
 
     _say(f"report: {write_report(runs, output)}")
 
@@ -270,7 +270,7 @@ def replay(
     json_path: Annotated[Path | None, typer.Option("--json", help="Default: RUN_DIR/replay.json.")] = None,
 ) -> None:
     """What other drift settings would have kept of a finished run: from its log, without a model."""
-    from prune_opd.replay import replay as run_replay
+    from prune_opd.experiments.replay import replay as run_replay
 
     run_replay(
         run_dir,

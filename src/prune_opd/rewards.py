@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_opd.data.prompts import Prompt
 from prune_opd.errors import ConfigError, RewardError
+from prune_opd.evaluation.graders import is_right
+from prune_opd.types import Prompt
 
 GRADE = "grade"
 RewardFunction = Callable[[Sequence[Prompt], Sequence[str]], Tensor]
@@ -64,7 +65,7 @@ def load_reward(name: str) -> RewardFunction:
 
 
 def _grade(prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
-    right = [prompt.is_right(text) for prompt, text in zip(prompts, completions, strict=True)]
+    right = [is_right(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
     return torch.tensor(right, dtype=torch.float64)
 
 

@@ -35,7 +35,6 @@ import torch
 from torch import Tensor
 
 from prune_opd.config import Config, ObjectiveSection
-from prune_opd.controls import LengthSchedule, random_tokens
 from prune_opd.core.drift import DriftReport, drift_report
 from prune_opd.core.head import candidate_logprobs, over_vocabulary
 from prune_opd.core.objective import (
@@ -49,34 +48,31 @@ from prune_opd.core.objective import (
     weighted_mean,
 )
 from prune_opd.core.window import TrainingWindow, WindowChange
-from prune_opd.correction import corrected
+from prune_opd.distributed.world import ALONE, World, whole
 from prune_opd.errors import NonFiniteError
-from prune_opd.events import drift_events
-from prune_opd.finite import check_student, check_teacher
-from prune_opd.inflight import InFlightStop, audited
-from prune_opd.modeling import PACKED_ATTENTION, attended_by, attends_packed_rows, compiled, output_head, packed_states
-from prune_opd.sampling.base import Sampler, rollout_uniforms
+from prune_opd.models.causal_lm import (
+    PACKED_ATTENTION,
+    attended_by,
+    attends_packed_rows,
+    compiled,
+    output_head,
+    packed_states,
+)
+from prune_opd.models.packing import Packed, pack
+from prune_opd.rollout.base import Sampler
+from prune_opd.rollout.events import drift_events
+from prune_opd.rollout.sample import sample_rollouts
 from prune_opd.teachers.base import Teacher
-from prune_opd.tracking.metrics import Stopwatch
-from prune_opd.types import Packed, Rollouts, TeacherScores, pack
-from prune_opd.world import ALONE, World, whole
+from prune_opd.timing import Stopwatch
+from prune_opd.training.controls import LengthSchedule, random_tokens
+from prune_opd.types import Rollouts, TeacherScores
+from prune_opd.update.correction import corrected
+from prune_opd.update.finite import check_student, check_teacher
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from prune_opd.training.ahead import RolloutsAhead
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """Rollouts of a step, before the teacher's word is whole. numbers: which of the step's rollouts these are (a rank's
-    share) · audit (B,) bool · in_flight: who watched them, if anybody did.
-    """
-
-    numbers: Sequence[int]
-    audit: Tensor
-    in_flight: InFlightStop | None
-    rollouts: Rollouts
+    from prune_opd.rollout.ahead import RolloutsAhead
 
 
 @dataclass(frozen=True)
@@ -190,7 +186,9 @@ def prune_opd_step(
         states = compiled(packed_states) if config.model.compile else packed_states
         long_rows = attends_packed_rows(student, compile=config.model.compile and not training.bf16)
         optimizer.zero_grad(set_to_none=True)
-        for part in world.even(pack(rollouts, training.micro_batch_tokens, long_rows=long_rows), device):
+        for part in world.equal_count(
+            pack(rollouts, training.micro_batch_tokens, long_rows=long_rows), Packed.empty(device)
+        ):
             with torch.autocast(device.type, torch.bfloat16, enabled=training.bf16):
                 hidden = states(student, part)[part.row, part.column]
             part_weight, part_advantage = weight, advantage
@@ -252,36 +250,6 @@ def prune_opd_step(
     )
 
 
-def sample_rollouts(
-    step: int,
-    prompts: Sequence[Sequence[int]],
-    max_length: int,
-    sampler: Sampler,
-    teacher: Teacher,
-    config: Config,
-    watch: Stopwatch,
-    world: World,
-) -> Sampled:
-    """This rank's share of a step's rollouts, of at most `max_length` tokens."""
-    rollout, pruning, top_k, seed = config.rollout, config.pruning, config.objective.top_k, config.training.seed
-    numbers = world.share([len(prompt) + max_length for prompt in prompts])
-    prompts = [prompts[number] for number in numbers]
-    audit = audited(seed, step, numbers, pruning.in_flight.audit_share)
-    in_flight = None
-    if config.stops_in_flight and prompts:
-        stream = teacher.stream(prompts, max_length, top_k=top_k, slots=rollout.slots)
-        in_flight = InFlightStop(stream, pruning, audit, watch)
-    rollouts = sampler.sample(
-        prompts,
-        rollout_uniforms(seed, step, numbers, max_length),
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=top_k,
-        watcher=in_flight,
-    )
-    return Sampled(numbers, audit, in_flight, rollouts)
-
-
 def from_hidden(
     student: torch.nn.Module,
     hidden: Tensor,
@@ -313,7 +281,12 @@ def from_hidden(
     assert rollouts.student is not None  # of no use to sampled_token, and free beside a pass over the vocabulary
     ids, _ = candidates(rollouts.student.ids[where][None], scores.topk.ids[where][None], objective.top_k_strategy)
     ids = torch.cat([ids[0], sampled], dim=-1)
-    logprobs = candidate_logprobs(hidden, head, ids, vocab_size=vocab_size, liger=liger)
+    if liger:
+        from prune_opd.models.liger_head import liger_logprobs
+
+        logprobs = liger_logprobs(hidden, head, ids, vocab_size=vocab_size)
+    else:
+        logprobs = candidate_logprobs(hidden, head, ids, vocab_size=vocab_size)
     return logprobs[:, :-1], logprobs[:, -1]
 
 

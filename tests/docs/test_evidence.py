@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from prune_opd.cli import app
-from prune_opd.training.arms import SETTINGS
+from prune_opd.experiments.arms import SETTINGS
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/evidence.md").read_text()

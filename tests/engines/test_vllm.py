@@ -20,19 +20,19 @@ from transformers import AutoTokenizer
 
 from prune_opd.config import ModelSection, PruningSection, load_config
 from prune_opd.errors import EngineError
-from prune_opd.inflight import InFlightStop
-from prune_opd.sampling import vllm as vllm_module
-from prune_opd.sampling.base import rollout_uniforms
-from prune_opd.sampling.local import LocalSampler
-from prune_opd.sampling.served import ServedSampler
-from prune_opd.sampling.transcript import completed_entropy
-from prune_opd.sampling.vllm import VLLMSampler
-from prune_opd.sampling.weights import served_weights
-from prune_opd.serving import Servers
+from prune_opd.models.loading import load_model, load_tokenizer, resolve_model
+from prune_opd.rollout import vllm as vllm_module
+from prune_opd.rollout.base import rollout_uniforms
+from prune_opd.rollout.in_flight import InFlightStop
+from prune_opd.rollout.local import LocalSampler
+from prune_opd.rollout.served import ServedSampler
+from prune_opd.rollout.transcript import completed_entropy
+from prune_opd.rollout.vllm import VLLMSampler
+from prune_opd.rollout.weights import served_weights
+from prune_opd.serving.client import Servers
 from prune_opd.teachers.local import LocalTeacher
-from prune_opd.teachers.vllm import ServedTeacher
-from prune_opd.tracking.metrics import Stopwatch
-from prune_opd.training.models import load_model, load_tokenizer, resolve_model
+from prune_opd.teachers.served import ServedTeacher
+from prune_opd.timing import Stopwatch
 from prune_opd.training.trainer import Trainer
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.toml"

@@ -16,14 +16,13 @@ from typer.testing import CliRunner
 
 from prune_opd.cli import app
 from prune_opd.config import EvaluationSection
-from prune_opd.data.prompts import Prompt
 from prune_opd.data.source import task_prompts
 from prune_opd.data.tasks import VOCABULARY
 from prune_opd.errors import DataError, RunDirectoryError
 from prune_opd.evaluation.evaluate import bootstrap_ci95, evaluate, pass_at_k
-from prune_opd.evaluation.run import evaluate_model
-from prune_opd.sampling.local import LocalSampler
-from prune_opd.types import Rollouts
+from prune_opd.experiments.evaluate_model import evaluate_model
+from prune_opd.rollout.local import LocalSampler
+from prune_opd.types import Prompt, Rollouts
 
 POSITIONS = 128
 

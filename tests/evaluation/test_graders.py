@@ -14,9 +14,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from prune_opd.data.gym import gym_problem
 from prune_opd.evaluation import graders
 from prune_opd.evaluation.graders import extract_answer, grade, grade_gym
+from prune_opd.evaluation.gym import gym_problem
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 VERL_FILES = ["aime24", "aime25", "amc23_40", "amc23_83", "dapo-math-17k", "math500"]

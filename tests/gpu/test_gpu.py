@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from prune_opd.core.head import OutputHead, differentiable_head_statistics
-from prune_opd.sampling.base import rollout_uniforms
-from prune_opd.sampling.local import LocalSampler
+from prune_opd.rollout.base import rollout_uniforms
+from prune_opd.rollout.local import LocalSampler
 from prune_opd.step import prune_opd_step
 from prune_opd.teachers.local import LocalTeacher
 from prune_opd.training.trainer import build_optimizer, build_window
@@ -107,7 +107,7 @@ def test_a_step_is_the_method(settings):
 
 
 def test_a_step_by_ligers_kernel_is_the_same_step():
-    """Its numbers against float64 are in tests/core/test_liger.py, which runs on the device where there is one."""
+    """Its numbers against float64: tests/models/test_liger_head.py, which runs on the device where there is one."""
     pytest.importorskip("liger_kernel", reason="make setup-liger installs it")
     found = []
     for liger in (False, True):

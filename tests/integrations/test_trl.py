@@ -18,11 +18,12 @@ from trl import DistillationConfig
 from prune_opd.config import InFlightSection, ObjectiveSection, PruningSection
 from prune_opd.errors import ConfigError
 from prune_opd.integrations.trl import WINDOW_FILE, PruneDistillationTrainer
-from prune_opd.modeling import output_head, packed_states
+from prune_opd.models.causal_lm import output_head, packed_states
+from prune_opd.models.packing import pack
 from prune_opd.step import prune_opd_step
 from prune_opd.teachers.local import LocalTeacher
 from prune_opd.training.trainer import build_optimizer, build_window
-from prune_opd.types import TopK, pack
+from prune_opd.types import TopK
 from tests.families import VOCAB
 from tests.test_step import config_of, related, tiny_model
 

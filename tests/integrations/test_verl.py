@@ -49,9 +49,9 @@ with warnings.catch_warnings():
 
 from prune_opd.config import PruningSection, load_config
 from prune_opd.errors import CheckpointError, ConfigError, EngineError, NonFiniteError
+from prune_opd.models.loading import load_tokenizer
 from prune_opd.step import StepResult, prune_opd_step
 from prune_opd.teachers.local import LocalTeacher
-from prune_opd.training.models import load_tokenizer
 from prune_opd.training.trainer import build_optimizer, build_window
 from prune_opd.types import TeacherScores
 from tests import engines_fixture as fixture
@@ -521,7 +521,7 @@ def test_every_drift_setting_reaches_the_actor(setting, changed):
     """The loss under other settings is that of our core on the same events, and differs from the default's."""
     from prune_opd.core.drift import drift_report
     from prune_opd.core.objective import topk_reverse_kl
-    from prune_opd.events import drift_events
+    from prune_opd.rollout.events import drift_events
 
     step, config = our_steps()[0], verl_config()
     recipe = plugin.recipe_of(config)

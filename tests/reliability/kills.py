@@ -33,8 +33,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from prune_opd.config import load_config
-from prune_opd.sampling.local import LocalSampler
-from prune_opd.sampling.vllm import VLLMSampler
+from prune_opd.rollout.local import LocalSampler
+from prune_opd.rollout.vllm import VLLMSampler
 from prune_opd.training import trainer as trainer_module
 from prune_opd.training.trainer import Trainer
 

@@ -16,7 +16,7 @@ import pytest
 
 from prune_opd.config import ModelSection, load_config
 from prune_opd.errors import ConfigError, ModelError, PruneOPDError
-from prune_opd.training.models import load_model, load_tokenizer, resolve_device, resolve_model
+from prune_opd.models.loading import load_model, load_tokenizer, resolve_device, resolve_model
 
 from .kills import RECIPE, SMALL
 from .test_malformed import Hostile
@@ -74,7 +74,7 @@ def test_code_that_was_asked_for_is_named_in_the_log_before_it_runs(tmp_path, wi
     monkeypatch.syspath_prepend(str(tmp_path / "cache"))
     seen = []
     monkeypatch.setattr(
-        "prune_opd.training.models.log.warning",
+        "prune_opd.models.loading.log.warning",
         lambda text, name: seen.append((text, name, (tmp_path / "ran").exists())),
     )
     with contextlib.suppress(PruneOPDError):  # what it does is its own affair

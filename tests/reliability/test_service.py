@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prune_opd.config import load_config
 from prune_opd.errors import ServerError
-from prune_opd.training.models import resolve_model
+from prune_opd.models.loading import resolve_model
 from prune_opd.training.trainer import Trainer
 from tests.openai_server import serving
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prune_opd.sampling.base import rollout_uniforms
-from prune_opd.sampling.local import LocalSampler
+from prune_opd.rollout.base import rollout_uniforms
+from prune_opd.rollout.local import LocalSampler
 from prune_opd.teachers.local import LocalTeacher
 from tests.families import EOS, FAMILIES, PAD, VOCAB, tiny_model, tiny_prompts
 

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from prune_opd.config import PruningSection, load_config
 from prune_opd.errors import CheckpointError, ConfigError, ModelError
-from prune_opd.sampling.base import rollout_uniforms
-from prune_opd.sampling.local import LocalSampler
+from prune_opd.models.loading import resolve_model
+from prune_opd.rollout.base import rollout_uniforms
+from prune_opd.rollout.local import LocalSampler
 from prune_opd.training.calibration import candidates_along, largest_safe_threshold
-from prune_opd.training.models import resolve_model
 from prune_opd.training.trainer import Trainer
 from tests.families import EOS, PAD, tiny_model, tiny_prompts
 from tests.training.test_trainer import RECIPE, SMALL, quiet, records, run

@@ -22,7 +22,7 @@ from prune_opd.errors import (
     TokenizerError,
 )
 from prune_opd.evaluation.graders import grade
-from prune_opd.training.models import resolve_model
+from prune_opd.models.loading import resolve_model
 from prune_opd.training.trainer import Trainer
 from tests.openai_server import serving
 

@@ -154,17 +154,8 @@ def candidate_logprobs(
     *,
     vocab_size: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
-    liger: bool = False,
 ) -> Float[Tensor, "N C"]:
-    """Log-probs at the given ids, with gradient: all that most objectives need of the student.
-
-    liger: by Liger's kernel, on a GPU (core/liger.py); the same numbers.
-    """
-    if liger:
-        from prune_opd.core.liger import liger_logprobs  # which few have installed
-
-        hidden, ids = _checked(hidden, head, ids, 0, vocab_size, chunk_bytes)
-        return liger_logprobs(hidden, head, ids, vocab_size=vocab_size, chunk_bytes=chunk_bytes)
+    """Log-probs at the given ids, with gradient: all that most objectives need of the student."""
     return differentiable_head_statistics(
         hidden, head, top_k=0, ids=ids, vocab_size=vocab_size, chunk_bytes=chunk_bytes
     ).logprobs

@@ -9,8 +9,8 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from prune_opd.errors import DataError, MissingColumnError
-from prune_opd.evaluation.graders import grade
+from prune_opd.types import Prompt
 
 PROMPT_COLUMNS = ("prompt", "messages", "problem", "question")
 ANSWER_COLUMNS = ("reward_model.ground_truth", "answer")
@@ -30,33 +30,6 @@ SPLIT_WORDS = {"train", "training", "test", "validation", "valid", "val", "dev",
 
 Row = tuple[str, Mapping[str, Any]]  # where it stands, for messages, and its columns
 Chat = list[dict[str, str]]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """`text` is what the model sees, template and suffix included; `source` is file:line or dataset[row].
-
-    grader: says whether a response is right, where that is not `graders.grade(response, answer)`.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    answer: str | None
-    source: str
-    grader: Callable[[str], bool] | None = field(default=None, compare=False, repr=False)
-
-    @property
-    def is_gradable(self) -> bool:
-        """Whether there is a gold answer or a grader."""
-        return self.answer is not None or self.grader is not None
-
-    def is_right(self, response: str) -> bool:
-        """Whether `response` answers the prompt; DataError when there is nothing to grade it against."""
-        if self.grader is not None:
-            return self.grader(response)
-        if self.answer is None:
-            raise DataError(f"{self.source}: no gold answer to grade against; name its column with data.answer_column")
-        return grade(response, self.answer)
 
 
 @dataclass(frozen=True)

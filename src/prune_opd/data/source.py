@@ -11,11 +11,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from prune_opd.config import DataSection
-from prune_opd.data.gym import GYM_PREFIX, HELD_OUT_SEEDS, gym_problem, training_seeds
-from prune_opd.data.prompts import Prompt, load_prompts, render, tokenize
+from prune_opd.data.prompts import load_prompts, render, tokenize
 from prune_opd.data.tasks import Split, problems
 from prune_opd.errors import ConfigError, DataError
 from prune_opd.evaluation.graders import grade_gym
+from prune_opd.evaluation.gym import GYM_PREFIX, HELD_OUT_SEEDS, gym_problem, training_seeds
+from prune_opd.types import Prompt
 
 TASK_PREFIX = "task:"
 

@@ -14,11 +14,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from prune_opd.config import EvaluationSection
-from prune_opd.data.prompts import Prompt
+from prune_opd.distributed.world import ALONE, World
 from prune_opd.errors import DataError
-from prune_opd.sampling.base import Sampler, rollout_uniforms
-from prune_opd.types import Rollouts
-from prune_opd.world import ALONE, World
+from prune_opd.evaluation.graders import is_right
+from prune_opd.rollout.base import Sampler, rollout_uniforms
+from prune_opd.types import Prompt, Rollouts
 
 EVALUATION_STREAM = 1  # training samples from stream 0, so the two never share a random number
 
@@ -96,7 +96,7 @@ def evaluate(
             for row, text in enumerate(response_texts(rollouts, tokenizer)):
                 problem, sample = batch[row // k], row % k
                 prompt = prompts[problem]
-                right[problem, sample] = prompt.is_right(text)
+                right[problem, sample] = is_right(prompt, text)
                 if file:
                     record = {
                         "problem": problem,

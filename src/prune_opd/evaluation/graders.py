@@ -27,7 +27,12 @@ import sys
 import threading
 from collections.abc import Callable
 from decimal import Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from prune_opd.errors import DataError
+
+if TYPE_CHECKING:
+    from prune_opd.types import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +54,15 @@ _NUMBER = re.compile(r"[-+]?(?:(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.[0-9]*)?|
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf)|mbox)\s*\{([^{}]*)\}")
 _WORDS = re.compile(r"[a-z][a-z '-]*")
 _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
+
+
+def is_right(prompt: Prompt, response: str) -> bool:
+    """Whether `response` answers the prompt; DataError when there is nothing to grade it against."""
+    if prompt.grader is not None:
+        return prompt.grader(response)
+    if prompt.answer is None:
+        raise DataError(f"{prompt.source}: no gold answer to grade against; name its column with data.answer_column")
+    return grade(response, prompt.answer)
 
 
 def grade(response: str, gold: str) -> bool:
@@ -275,7 +289,7 @@ def _math_verify() -> Callable[[str, str], bool]:
 def _reasoning_gym() -> Callable[[str, int, str], bool]:
     import reasoning_gym  # noqa: F401  # now, since it takes a second
 
-    from prune_opd.data.gym import gym_problem
+    from prune_opd.evaluation.gym import gym_problem
 
     scoring = False
 

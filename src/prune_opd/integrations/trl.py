@@ -39,15 +39,16 @@ from prune_opd.config import ObjectiveSection, PruningSection
 from prune_opd.core.drift import DriftReport, drift_report
 from prune_opd.core.window import TrainingWindow
 from prune_opd.errors import ConfigError
-from prune_opd.events import drift_events
-from prune_opd.inflight import InFlightStop, audited
-from prune_opd.modeling import packed_states
-from prune_opd.sampling.base import Span
+from prune_opd.models.causal_lm import packed_states
+from prune_opd.models.loading import check_token_maps, shared_vocab_size
+from prune_opd.models.packing import pack
+from prune_opd.reporting.metrics import distillation_metrics
+from prune_opd.rollout.events import drift_events
+from prune_opd.rollout.in_flight import InFlightStop, audited
 from prune_opd.step import from_hidden, loss_sums
 from prune_opd.teachers.local import LocalTeacher
-from prune_opd.tracking.metrics import Stopwatch, distillation_metrics
-from prune_opd.training.models import check_token_maps, shared_vocab_size
-from prune_opd.types import Rollouts, TeacherScores, TopK, pack
+from prune_opd.timing import Stopwatch
+from prune_opd.types import Rollouts, Span, TeacherScores, TopK
 
 WINDOW_FILE = "prune_opd_window.json"
 

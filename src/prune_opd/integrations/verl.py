@@ -65,18 +65,16 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.utils.padding import no_padding_2_padding
 
 from prune_opd.config import Config, ObjectiveSection, PruningSection, RepetitionSection, parse_config
-from prune_opd.controls import LengthSchedule
 from prune_opd.core.drift import drift_report, repetition_events
 from prune_opd.core.objective import topk_reverse_kl_terms
 from prune_opd.core.window import TrainingWindow
 from prune_opd.errors import CheckpointError, ConfigError, EngineError, NonFiniteError
-from prune_opd.events import drift_events
-from prune_opd.inflight import InFlightStop
-from prune_opd.sampling.base import Span
-from prune_opd.tracking.metrics import Stopwatch
-from prune_opd.training.plan import longest_response
+from prune_opd.rollout.events import drift_events
+from prune_opd.rollout.in_flight import InFlightStop
+from prune_opd.timing import Stopwatch
+from prune_opd.training.controls import LengthSchedule
 from prune_opd.training.trainer import build_window
-from prune_opd.types import TeacherScores, TopK
+from prune_opd.types import Span, TeacherScores, TopK
 
 REVERSE_KL, FORWARD_KL = "prune_opd", "prune_opd_forward_kl"
 SETTINGS, MAX_TOKENS = "prune_opd_settings", "prune_opd_max_tokens"
@@ -368,10 +366,10 @@ class PruneTrainer(PPOTrainerSync):
         self.recipe = recipe_of(config)
         self.window = build_window(self.recipe)
         chunk = self.recipe.pruning.in_flight.chunk
-        if self.recipe.stops_in_flight and 8 * chunk < longest_response(self.recipe):
+        if self.recipe.stops_in_flight and 8 * chunk < self.recipe.longest_response:
             warnings.warn(
                 f"{WHERE}.pruning.in_flight.chunk = {chunk}: each chunk scores its whole prefix again, so a response "
-                f"of {longest_response(self.recipe)} tokens is scored more than four times over; take a longer chunk",
+                f"of {self.recipe.longest_response} tokens is scored more than four times over; take a longer chunk",
                 UserWarning,
                 stacklevel=2,
             )

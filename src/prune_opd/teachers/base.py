@@ -8,8 +8,8 @@ from typing import Protocol
 from torch import Tensor
 
 from prune_opd.core.head import OutputHead
-from prune_opd.sampling.base import Span
-from prune_opd.types import Packed, Rollouts, TeacherScores, TopK
+from prune_opd.models.packing import Packed
+from prune_opd.types import Rollouts, Span, TeacherScores, TopK
 
 
 class TeacherStream(Protocol):

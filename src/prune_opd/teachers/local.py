@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prune_opd.core.head import OutputHead, head_statistics
-from prune_opd.modeling import (
+from prune_opd.models.causal_lm import (
     PACKED_ATTENTION,
     attended_by,
     attends_packed_rows,
@@ -19,9 +19,9 @@ from prune_opd.modeling import (
     output_head,
     packed_states,
 )
-from prune_opd.sampling.base import Span
-from prune_opd.slots import SLOT_ATTENTION, SlotCache
-from prune_opd.types import Packed, Rollouts, TeacherScores, TopK, pack
+from prune_opd.models.packing import Packed, pack
+from prune_opd.models.slot_cache import SLOT_ATTENTION, SlotCache
+from prune_opd.types import Rollouts, Span, TeacherScores, TopK
 
 
 class LocalTeacher:

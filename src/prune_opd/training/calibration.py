@@ -22,19 +22,21 @@ from prune_opd.core.drift import drift_report
 from prune_opd.core.head import head_statistics
 from prune_opd.core.overlap import overlap_mass, topk_overlap
 from prune_opd.errors import ModelError
-from prune_opd.modeling import PACKED_ATTENTION, attended_by, output_head, packed_states
-from prune_opd.replay import SAFE_SHARE
-from prune_opd.sampling.base import Sampler, rollout_uniforms
-from prune_opd.sampling.local import LocalSampler
+from prune_opd.models.causal_lm import PACKED_ATTENTION, attended_by, output_head, packed_states
+from prune_opd.models.loading import end_ids
+from prune_opd.models.packing import pack
+from prune_opd.rollout.base import Sampler, rollout_uniforms
+from prune_opd.rollout.local import LocalSampler
 from prune_opd.teachers.base import Teacher
 from prune_opd.teachers.local import LocalTeacher
 from prune_opd.training.files import read_json
-from prune_opd.training.models import end_ids
-from prune_opd.training.plan import longest_response
-from prune_opd.types import Rollouts, TopK, pack
+from prune_opd.types import Rollouts, TopK
 
 CALIBRATION = "calibration.json"
 CALIBRATION_STREAM = 4  # of random numbers; 0 to 3 are training, evaluation, audits and the random control
+
+SAFE_SHARE = 0.9
+"""A threshold is safe if it leaves at least this share of the responses that should not be cut reliable to the end."""
 
 
 @dataclass(frozen=True)
@@ -191,5 +193,5 @@ def calibrate(
 
 def _uniforms(config: Config, prompts: Sequence[Sequence[int]]) -> Tensor:
     return rollout_uniforms(
-        config.training.seed, 0, range(len(prompts)), longest_response(config), stream=CALIBRATION_STREAM
+        config.training.seed, 0, range(len(prompts)), config.longest_response, stream=CALIBRATION_STREAM
     )

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from prune_opd.data.prompts import Prompt
 from prune_opd.errors import NonFiniteError
 from prune_opd.training.files import append_json
+from prune_opd.types import Prompt
 
 SPIKE = 10.0
 """A gradient norm this many times the usual one is logged as a spike."""

@@ -23,35 +23,39 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from prune_opd.config import Config
-from prune_opd.controls import LengthSchedule
 from prune_opd.core.overlap import shared_candidates
 from prune_opd.core.window import TrainingWindow
-from prune_opd.data.prompts import Prompt
 from prune_opd.data.source import DatasetSource, held_out_prompts, training_prompts
+from prune_opd.distributed import sharding as distributed
+from prune_opd.distributed.merging import merged
+from prune_opd.distributed.world import ALONE, World
 from prune_opd.errors import CheckpointError, NonFiniteError, RunDirectoryError, RunInterrupted, ServerError
 from prune_opd.evaluation.evaluate import Evaluation, evaluate, response_texts
-from prune_opd.report.logs import read_lines, trained
-from prune_opd.report.model_card import model_card
-from prune_opd.rewards import GRADE, load_reward
-from prune_opd.sampling.base import Sampler
-from prune_opd.sampling.local import LocalSampler
-from prune_opd.sampling.student_copy import StudentCopy
-from prune_opd.step import Sampled, StepResult, prune_opd_step, sample_rollouts
-from prune_opd.teachers.local import LocalTeacher
-from prune_opd.tracking.console import step_view
-from prune_opd.tracking.drift_log import drift_record
-from prune_opd.tracking.metrics import (
-    Stopwatch,
+from prune_opd.models import loading as models
+from prune_opd.reporting.console import step_view
+from prune_opd.reporting.drift_log import drift_record
+from prune_opd.reporting.metrics import (
     distillation_metrics,
     engine_metrics,
     repetition_rate,
     reward_metrics,
     stop_metrics,
 )
-from prune_opd.tracking.rollouts import rollout_record
-from prune_opd.tracking.trackers import Log, start_trackers
-from prune_opd.training import distributed, models
-from prune_opd.training.ahead import RolloutsAhead
+from prune_opd.reporting.model_card import model_card
+from prune_opd.reporting.rollout_log import rollout_record
+from prune_opd.reporting.run_logs import read_lines, trained
+from prune_opd.reporting.trackers import Log, start_trackers
+from prune_opd.rewards import GRADE, load_reward
+from prune_opd.rollout.ahead import RolloutsAhead
+from prune_opd.rollout.base import Sampler
+from prune_opd.rollout.gathered import WholeWeightsSampler
+from prune_opd.rollout.local import LocalSampler
+from prune_opd.rollout.sample import Sampled, sample_rollouts
+from prune_opd.rollout.student_copy import StudentCopy
+from prune_opd.step import StepResult, prune_opd_step
+from prune_opd.teachers.local import LocalTeacher
+from prune_opd.timing import Stopwatch
+from prune_opd.training.build import build_sampler, build_teacher, remember_teacher
 from prune_opd.training.calibration import CALIBRATION, calibrate, with_known_threshold
 from prune_opd.training.checkpoint import (
     Totals,
@@ -66,7 +70,7 @@ from prune_opd.training.checkpoint import (
     save_checkpoint,
     tidy,
 )
-from prune_opd.training.engines import build_sampler, build_teacher, remember_teacher
+from prune_opd.training.controls import LengthSchedule
 from prune_opd.training.faults import SPIKE, USUAL_AFTER, running_norm, write_skipped
 from prune_opd.training.files import (
     append_json,
@@ -80,8 +84,7 @@ from prune_opd.training.files import (
     write_json,
 )
 from prune_opd.training.signals import EvaluationStopped, StopSignals
-from prune_opd.types import Rollouts
-from prune_opd.world import ALONE, World
+from prune_opd.types import Prompt, Rollouts
 
 FIRST_FILES = {CALIBRATION, f".{CALIBRATION}.partial", ".config.json.partial"}  # that come before config.json
 LOGS = ("metrics.jsonl", "drift.jsonl", "rollouts.jsonl", "skipped.jsonl")
@@ -152,7 +155,7 @@ class Trainer:
             self.config = config = config.with_threshold(self.calibration["threshold"])
         if config.training.parallel == "fsdp2" and world.size > 1:
             assert isinstance(self.sampler, LocalSampler)  # vLLM is for one process
-            self.sampler = distributed.WholeWeightsSampler(self.sampler, self.student)
+            self.sampler = WholeWeightsSampler(self.sampler, self.student)
             distributed.shard(self.student)
         self.window = build_window(config)
         self.rollout_sampler = self.sampler
@@ -325,7 +328,7 @@ class Trainer:
         except NonFiniteError as error:
             return self._skip(step, prompts, error, began)
         self.schedule.step()
-        of_all_ranks = distributed.merged(result, self.world)
+        of_all_ranks = merged(result, self.world, same=("window", "loss", "grad_norm", "seconds"))
         if of_all_ranks is None:  # rank 0 writes for all
             return {"step": step + 1}
         result = of_all_ranks

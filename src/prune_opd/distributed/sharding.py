@@ -1,0 +1,138 @@
+"""Several processes, as torchrun starts them: replicated weights (ddp) or sharded ones (fsdp2). No second trainer.
+
+The step asks its `World` for sums (world.py). Here is the rest: starting the processes, sharding the student, giving
+the sampler whole weights, putting a step's results together for the one process that writes, and the optimiser's
+state as shards that load at any number of ranks.
+
+The teacher is whole on every rank: it is frozen, and in flight each rank asks it at times of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from prune_opd.distributed.world import ALONE, World, whole
+from prune_opd.errors import ModelError
+from prune_opd.models.causal_lm import output_head
+
+
+@contextmanager
+def launched() -> Iterator[World]:
+    """The world that torchrun started this process in; a process that torchrun did not start is alone.
+
+    Objects travel over gloo, gradients over NCCL where the accelerator is CUDA. Rank r of a node has its r-th device.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield World(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+# ---- sharded weights ----
+
+
+def shard(student: Any) -> None:
+    """Shard every parameter of a causal LM over all ranks (FSDP2), in place; build the optimiser after this.
+
+    Each decoder layer is gathered when its forward and backward need it, so all ranks must run as many of them
+    (`World.even`). Embeddings and final norm belong to the body. The head is used outside of any forward
+    (core/head.py): it stays a DTensor that `whole` puts together. Gradients are summed, not averaged, since the loss
+    has a global denominator.
+    Raises ModelError for a model whose layers transformers does not name.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    output_head(student)  # held against the model's own logits while it can still run by itself
+    causal_lm = student.get_base_model() if hasattr(student, "get_base_model") else student
+    body, head = causal_lm.base_model, causal_lm.get_output_embeddings()
+    names = set(causal_lm._no_split_modules or ())
+    layers = [module for module in body.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ModelError(
+            f"{type(causal_lm).__name__} does not name its layers (_no_split_modules), so it cannot be sharded; "
+            'set training.parallel = "ddp"'
+        )
+    mesh = init_device_mesh(causal_lm.device.type, (dist.get_world_size(),))
+    tied = head.weight is causal_lm.get_input_embeddings().weight
+    for module in [*layers, body] if tied else [*layers, body, head]:
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    if tied:
+        head.weight = causal_lm.get_input_embeddings().weight
+    for module in causal_lm.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # else a multiplying sum, which gloo does not have
+
+
+# ---- one result of all ranks ----
+
+
+# ---- checkpoints of sharded weights ----
+
+
+def whole_weights(student: torch.nn.Module, world: World) -> dict[str, Tensor]:
+    """All weights on rank 0's CPU, for a folder that transformers loads; empty on the other ranks."""
+    named = student.state_dict(keep_vars=True)
+    found: dict[int, Tensor] = {}  # by identity: tied weights have several names and one value
+    with torch.no_grad():
+        for value in named.values():
+            if id(value) not in found:
+                gathered = whole(value.detach())
+                found[id(value)] = gathered.cpu() if world.rank == 0 else gathered.new_empty(0)
+    return {name: found[id(value)] for name, value in named.items()} if world.rank == 0 else {}
+
+
+def is_sharded(student: torch.nn.Module) -> bool:
+    """Whether `shard` was applied to it."""
+    return any(hasattr(p, "full_tensor") for p in student.parameters())
+
+
+def load_whole_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Read a state that one process wrote; each rank keeps its shard of it where the parameters are sharded."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, of_parameter in state["state"].items():
+        parameter = parameters[index]
+        if isinstance(parameter, DTensor):
+            for name, value in of_parameter.items():
+                if value.shape == parameter.shape:
+                    of_parameter[name] = distribute_tensor(
+                        value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+                    )
+    optimizer.load_state_dict(state)
+
+
+def save_optimizer_shards(folder: Path, student: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Each rank writes its shard of the optimiser's state (torch.distributed.checkpoint)."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    dcp.save({"optimizer": get_optimizer_state_dict(student, optimizer)}, checkpoint_id=folder)
+
+
+def load_optimizer_shards(folder: Path, student: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Read what this rank needs, however many ranks wrote it and however many there are now, sharded or not."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    state = get_optimizer_state_dict(student, optimizer)
+    dcp.load({"optimizer": state}, checkpoint_id=folder)
+    set_optimizer_state_dict(student, optimizer, state)

@@ -1,0 +1,1 @@
+"""What is asked about runs: arms against each other, what-ifs, scores on benchmarks."""

@@ -1,0 +1,334 @@
+"""A Hugging Face causal LM taken apart in two: the body that makes hidden states, and the output head.
+
+The chunked head (core/head.py) needs them apart. Families differ in what they do to the logits after the matrix
+product, so the head is read from the configuration and then held against the model's own logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from itertools import pairwise
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from prune_opd.core.head import OutputHead
+from prune_opd.distributed.world import whole
+from prune_opd.errors import ModelError
+from prune_opd.models.kernels.attend_one import HEAD_SIZES
+from prune_opd.models.kernels.attend_rows import attend_rows, attends_rows
+from prune_opd.models.packing import Packed
+
+PACKED_ATTENTION = "prune_opd_packed"
+QUERY_BLOCKS = 4  # of a row, on a CPU
+SHORT_ROW = 64  # tokens; one block
+COMPILED_VARIANTS = 64  # of one function: student and teacher, with and without gradient, one row or more
+PROBE_TOKENS = 4
+PROBE_LOGIT = 50.0  # as large as logits get: a soft-cap of 30 or 100 shows, which it would not at 0.1
+
+_verified: WeakSet[torch.nn.Module] = WeakSet()  # models whose head passed its probe
+
+
+def hidden_states(model: torch.nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """(B, S, H): what the output head of `model` is applied to, for keyword inputs with (B, S) token ids.
+
+    With gradient if the caller's mode says so. A LoRA student works as it is: its adapters live inside the body.
+    """
+    return _body(_causal_lm(model))(**inputs, use_cache=False).last_hidden_state
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, of models and tensors, by torch.compile, once for all batch sizes and lengths.
+
+    The first call of each kind takes 10 to 60 s. The Python of a model's layers and most of its small operations go.
+    """
+    torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
+    torch.fx.experimental._config.use_duck_shape = False  # or sizes that agree by chance would be taken for one
+    torch._dynamo.config.specialize_float = True  # settings of a run: as inputs they would be tensors at each call
+    return torch.compile(function, dynamic=True, options={"guard_filter_fn": _guards, "size_asserts": False})
+
+
+def _guards(entries: Sequence[Any]) -> list[bool]:
+    """Which conditions on a compiled function are checked at each call: values and tensors.
+
+    Not a model's configuration, nor which attributes its objects, classes and modules have: those stay, and to look
+    would take a twentieth of a small decode step.
+    """
+    return [
+        ".config" not in entry.name
+        and not entry.name.startswith(("G[", "type(", "dict(type("))  # globals and classes
+        and entry.guard_type not in ("EMPTY_NN_MODULE_HOOKS_DICT", "NOT_PRESENT_IN_GENERIC_DICT", "HASATTR")
+        for entry in entries
+    ]
+
+
+def check_compiler(device: torch.device) -> None:
+    """ModelError where torch.compile would find no C++ compiler, which it needs on a CPU."""
+    if device.type == "cpu":
+        from torch._inductor import cpp_builder, exc  # 1.5 s that few runs need
+
+        try:
+            cpp_builder.get_cpp_compiler()
+        except exc.InvalidCxxCompiler as error:
+            raise ModelError(
+                "model.compile = true needs a C++ compiler on a CPU, and there is none: install g++ (or set CXX to "
+                "another), or take model.compile out"
+            ) from error
+
+
+def check_liger(model: torch.nn.Module) -> None:
+    """ModelError where Liger cannot serve this model. Triton's interpreter runs it on a CPU, for tests."""
+    try:
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as _  # noqa: F401
+        from triton import knobs
+    except ImportError as error:
+        raise ModelError(
+            f"model.liger_head = true needs Liger's kernels, and they cannot be imported: {error}\n"
+            "Install them with pip install 'prune-opd[liger]', or take model.liger_head out"
+        ) from error
+    head = output_head(model)
+    device = head.weight.device
+    if device.type != "cuda" and not knobs.runtime.interpret:
+        raise ModelError(
+            f"model.liger_head = true runs on a CUDA device, and this is {device.type}: take it out, the chunked head "
+            "of torch computes the same"
+        )
+    if head.softcap is not None:
+        raise ModelError(
+            f"model.liger_head = true was not verified for heads that cap their logits, as that of "
+            f"{type(_causal_lm(model)).__name__} does: take it out"
+        )
+
+
+def output_head(model: torch.nn.Module) -> OutputHead:
+    """The head of a causal LM, verified: on a probe it gave the same logits as the model itself.
+
+    It holds the model's own parameters, so it stays right while they train. The probe, a forward of four tokens, runs
+    at a model's first call; later calls cost nothing. Soft-caps (Gemma), divided logits (Granite) and multiplied ones
+    (Cohere) are known; a model that does anything else behind its body, or whose head is no plain linear layer,
+    raises ModelError.
+    """
+    causal_lm = _causal_lm(model)
+    name = type(causal_lm).__name__
+    linear = causal_lm.get_output_embeddings()
+    if not isinstance(linear, torch.nn.Linear) or not linear.weight.is_floating_point():
+        raise ModelError(
+            f"the output head of {name} is a {type(linear).__name__}; a torch.nn.Linear with floating-point weights is "
+            "needed. Take the output head out of model.lora.target_modules, or load the model unquantised"
+        )
+    config = causal_lm.config.get_text_config()
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    bias = None if linear.bias is None else whole(linear.bias)
+    head = OutputHead(whole(linear.weight), bias, scale=scale, softcap=softcap)
+    if causal_lm not in _verified:
+        _verify(causal_lm, head, name)
+        _verified.add(causal_lm)
+    return head
+
+
+def packed_states(model: torch.nn.Module, part: Packed) -> Tensor:
+    """`hidden_states` (R, L, H) of packed rows: causal attention inside each rollout and to its prompt, none across."""
+    by_kernel = attends_packed_rows(model, compile=torch.compiler.is_compiling())
+
+    def mask(window: int | None) -> Tensor:
+        sees = part.sees if window is None else in_window(part.sees, part.position_ids, window)
+        return sees[:, None] if by_kernel else _as_mask(_causal_lm(model), seen_columns(sees))
+
+    inputs = {
+        "input_ids": part.input_ids,
+        "position_ids": part.position_ids,
+        "attention_mask": for_layers(model, mask),
+    }
+    return hidden_states(model, inputs)
+
+
+def attends_packed_rows(model: torch.nn.Module, *, compile: bool) -> bool:
+    """Whether `attend_rows` serves for this model: then its time is that of what each token sees, however long a row.
+
+    compile: whether its forward runs compiled, in float32.
+    """
+    config = _causal_lm(model).config.get_text_config()
+    parameter = next(model.parameters())
+    return (
+        compile
+        and config._attn_implementation in ("sdpa", PACKED_ATTENTION)
+        and parameter.device.type == "cpu"
+        and parameter.dtype == torch.float32
+        and (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) in HEAD_SIZES
+    )
+
+
+def in_window(sees: Tensor, position_ids: Tensor, window: int) -> Tensor:
+    """`Packed.sees` (R, L, 3) where no token sees further back than `window` tokens, itself included."""
+    begin, prompt_begin, prompt_end = sees.unbind(-1)
+    column = torch.arange(sees.shape[1], dtype=torch.int32, device=sees.device)
+    first = (position_ids - window + 1).clamp(min=0).int()  # position that is seen
+    prompt_begin = torch.minimum(prompt_begin + first, prompt_end)
+    return torch.stack([torch.maximum(begin, column - window + 1), prompt_begin, prompt_end], dim=-1)
+
+
+def seen_columns(sees: Tensor) -> Tensor:
+    """`Packed.sees` (R, L, 3) as a mask (R, L, L) bool: whether a column, second axis, sees another, third axis."""
+    column = torch.arange(sees.shape[1], dtype=torch.int32, device=sees.device)
+    begin, prompt_begin, prompt_end = sees.unsqueeze(2).unbind(-1)
+    response = (column >= begin) & (column <= column[:, None])
+    return response | ((column >= prompt_begin) & (column < prompt_end))
+
+
+def packed_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **others: Any
+) -> tuple[Tensor, None]:
+    """What transformers' `sdpa` computes over the rows of `packed_states`: (R, L, heads, head size), with gradient.
+
+    query (R, heads, L, head size) · key, value (R, shared heads, L, head size) · attention_mask (R, 1, L, L) bool, or
+    `Packed.sees` (R, 1, L, 3) int32, or None. No token sees a later one, but torch's kernel on a CPU multiplies with
+    all keys, whatever the mask says. So queries go in blocks, and each block reads the keys up to its own end: 5/8 of
+    the products. Compiled code has a kernel that leaves out all that is not seen.
+    """
+    if attention_mask is not None and attention_mask.dtype == torch.int32:
+        sees = attention_mask[:, 0]
+        if not others.get("dropout") and others.get("position_bias") is None and attends_rows(query, key, value):
+            scale = query.shape[3] ** -0.5 if others.get("scaling") is None else others["scaling"]
+            return attend_rows(query, key, value, sees, scale), None
+        attention_mask = seen_columns(sees)[:, None]
+    if attention_mask is None or others.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
+    length = query.shape[2]
+    short = 2 * QUERY_BLOCKS if torch.compiler.is_compiling() else SHORT_ROW  # one block is compiled code of its own
+    if query.device.type != "cpu" or key.shape[2] != length or length < short:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
+    bounds = [length * block // QUERY_BLOCKS for block in range(QUERY_BLOCKS + 1)]
+    outputs = [
+        sdpa_attention_forward(
+            module,
+            query[:, :, begin:end],
+            key[:, :, :end],
+            value[:, :, :end],
+            attention_mask[:, :, begin:end, :end],
+            **others,
+        )[0]
+        for begin, end in pairwise(bounds)
+    ]
+    return torch.cat(outputs, dim=1), None
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
+
+
+@contextmanager
+def attended_by(model: torch.nn.Module, attention: str) -> Iterator[None]:
+    """Forwards of `model` attend by what is registered with transformers under this name, where they would by `sdpa`.
+
+    With gradient checkpointing the backward is a forward too and belongs inside.
+    """
+    config = _causal_lm(model).config.get_text_config()
+    if config._attn_implementation != "sdpa":
+        yield
+        return
+    config._attn_implementation = attention
+    try:
+        yield
+    finally:
+        config._attn_implementation = "sdpa"
+
+
+def attention_mask(model: torch.nn.Module, visible: Tensor, distance: Tensor) -> Tensor | dict[str, Tensor]:
+    """The mask that a Hugging Face model takes as it is: visible (R, q, keys) bool, with sliding windows applied.
+
+    distance (R or 1, q, keys): query position minus key position, in tokens. Raises as `for_layers`.
+    """
+    causal_lm = _causal_lm(model)
+    return for_layers(
+        model,
+        lambda window: _as_mask(causal_lm, visible if window is None else visible & (distance < window)),
+    )
+
+
+def for_layers(model: torch.nn.Module, mask: Callable[[int | None], Tensor]) -> Tensor | dict[str, Tensor]:
+    """What `mask` makes of no window, or of the sliding one, as a Hugging Face model takes it for its kinds of layers.
+
+    Raises ModelError for layers that are neither full nor sliding attention.
+    """
+    causal_lm = _causal_lm(model)
+    config = causal_lm.config.get_text_config()
+    types = set(getattr(config, "layer_types", None) or ())
+    if unknown := types - {"full_attention", "sliding_attention"}:
+        raise ModelError(
+            f"{type(causal_lm).__name__} has layers of type {', '.join(sorted(unknown))}; the local sampler and the "
+            "packed update know full_attention and sliding_attention. Use a student and teacher of plain attention"
+        )
+    window = getattr(config, "sliding_window", None)
+    if window is None or types == {"full_attention"}:
+        return mask(None)
+    sliding = mask(window)
+    return {"full_attention": mask(None), "sliding_attention": sliding} if types else sliding
+
+
+def _as_mask(model: Any, visible: Tensor) -> Tensor:
+    if model.config._attn_implementation == "eager":  # which adds the mask to the scores
+        least = torch.finfo(model.dtype).min
+        return torch.zeros(visible.shape, dtype=model.dtype, device=visible.device).masked_fill(~visible, least)[
+            :, None
+        ]
+    return visible[:, None]
+
+
+def _verify(causal_lm: Any, head: OutputHead, name: str) -> None:
+    """Put hidden states of our own choice behind the body; the model and the head must make the same logits of them."""
+    weight = head.weight
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(PROBE_TOKENS, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
+    device = weight.device.type
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        largest = OutputHead(weight, scale=head.scale).logits(probe).abs().max()
+        probe = (probe * (PROBE_LOGIT / largest)).to(weight.dtype)
+
+    def replace(_module: torch.nn.Module, _args: Any, output: Any) -> Any:
+        output["last_hidden_state"] = probe.unsqueeze(0)
+        return output
+
+    handle = _body(causal_lm).register_forward_hook(replace)
+    was_training = causal_lm.training
+    try:
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            input_ids = torch.arange(PROBE_TOKENS, device=weight.device).unsqueeze(0)
+            theirs = causal_lm.eval()(input_ids=input_ids, use_cache=False).logits[0].double()
+            ours = head.logits(probe).double()
+    finally:
+        causal_lm.train(was_training)
+        handle.remove()
+    # In bf16 the model rounds after each operation, the head only after the matrix product.
+    tolerance = PROBE_LOGIT * max(1e-3, 4 * torch.finfo(weight.dtype).eps)
+    difference = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float("inf")
+    if not difference <= tolerance:
+        raise ModelError(
+            f"{name} does something to its logits that prune-opd does not know: its own differ by up to "
+            f"{difference:.3g} from (h Wᵀ + b) with scale {head.scale:g} and soft-cap {head.softcap}, on logits of up "
+            f"to {PROBE_LOGIT:g}. Known are final_logit_softcapping (Gemma), logits_scaling as a divisor (Granite) and "
+            "logit_scale as a factor (Cohere); use a model of another family"
+        )
+
+
+def _causal_lm(model: Any) -> Any:
+    """The transformers model inside a peft wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _body(causal_lm: Any) -> torch.nn.Module:
+    body = causal_lm.base_model
+    if body is causal_lm:
+        raise ModelError(
+            f"{type(causal_lm).__name__} has no body apart from its output head (base_model_prefix is "
+            f"{causal_lm.base_model_prefix!r}); a transformers causal LM such as LlamaForCausalLM is needed"
+        )
+    return body

@@ -1,0 +1,1 @@
+"""Attention kernels for compiled code on a CPU."""

@@ -1,0 +1,1 @@
+"""What is asked before a run: does it fit, does it work."""

@@ -1,0 +1,320 @@
+"""What `prune-opd doctor` looks at: can a recipe run here, and what does its pair promise, before it costs anything.
+
+Most of it needs no weights. The probe loads both models and has each answer a few prompts, which says how well the pair
+agrees, whether the threshold is too high for it, and how many tokens the recipe would leave out at the start.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from prune_opd.config import Config
+from prune_opd.core.drift import drift_report
+from prune_opd.data.source import DatasetSource, held_out_prompts, training_prompts
+from prune_opd.errors import ModelError, PruneOPDError
+from prune_opd.models import loading as models
+from prune_opd.models.loading import read_model_config
+from prune_opd.preflight.plan import estimate_memory, memory_rows, size_text
+from prune_opd.rewards import GRADE, load_reward
+from prune_opd.rollout.events import drift_events
+from prune_opd.teachers.local import LocalTeacher
+from prune_opd.teachers.served import ServedTeacher
+from prune_opd.training.build import build_sampler, build_teacher
+from prune_opd.training.calibration import (
+    SAFE_SHARE,
+    Written,
+    largest_safe_threshold,
+    share_whole,
+    student_written,
+    teacher_written,
+)
+from prune_opd.types import Prompt
+
+T = TypeVar("T")
+Status = Literal["ok", "warning", "failed", "skipped"]
+Tokenizers = tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check came to. failed: the recipe cannot run · warning: it can, but is it meant?"""
+
+    subject: str
+    status: Status
+    text: str
+
+
+Tell = Callable[[str, Status, str], None]
+
+
+def examine(config: Config, *, probe_prompts: int, tell: Callable[[Finding], None]) -> bool:
+    """Check a recipe, telling each finding as it is made; whether nothing failed.
+
+    probe_prompts: prompts that both models answer; with 0, no weights are loaded.
+    """
+    sound = True
+
+    def say(subject: str, status: Status, text: str) -> None:
+        nonlocal sound
+        sound &= status != "failed"
+        tell(Finding(subject, status, text))
+
+    def attempt(subject: str, check: Callable[..., T], *needed: Any) -> T | None:
+        if any(need is None for need in needed):
+            say(subject, "skipped", "it needs what failed above")
+            return None
+        try:
+            return check(config, *needed, say)
+        except PruneOPDError as error:
+            say(subject, "failed", str(error))
+            return None
+
+    tokenizers = attempt("tokenizers", _tokenizers)
+    attempt("end of a response", _ends, tokenizers)
+    attempt("chat template", _chat_templates, tokenizers)
+    prompts = attempt("prompts", _prompts, tokenizers)
+    attempt("reward", _reward)
+    fits = [attempt("positions", _positions), attempt("memory", _memory)]
+    if probe_prompts and all(fits):
+        attempt("probe", _probe, tokenizers, prompts and prompts[:probe_prompts])
+    elif probe_prompts:
+        say("probe", "skipped", "it needs what failed above")
+    return sound
+
+
+# ---- without weights ----
+
+
+def _names(config: Config) -> tuple[str, str]:
+    return config.model.model_name_or_path, config.model.teacher_model_name_or_path
+
+
+def _tokenizers(config: Config, say: Tell) -> Tokenizers:
+    ours, theirs = (models.load_tokenizer(name, config.model) for name in _names(config))
+    models.check_token_maps(ours, theirs)
+    say("tokenizers", "ok", f"{len(ours.get_vocab()):,} tokens, each with the same id for student and teacher")
+    return ours, theirs
+
+
+def _ends(config: Config, tokenizers: Tokenizers, say: Tell) -> None:
+    """A base model and an instruct model often share a tokenizer, but not the token that ends an answer."""
+    ours, theirs = (_end_ids(name, tok) for name, tok in zip(_names(config), tokenizers, strict=True))
+    tokenizer = tokenizers[0]
+    text = {ids: " or ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in sorted(ids)) for ids in (ours, theirs)}
+    if ours & theirs:
+        pad = tokenizer.convert_ids_to_tokens(tokenizer.pad_token_id)
+        say("end of a response", "ok", f"{text[ours]} for the student, {text[theirs]} for the teacher; padding {pad!r}")
+    else:
+        say(
+            "end of a response",
+            "warning",
+            f"the student ends a response with {text[ours]}, the teacher with {text[theirs]}: the teacher will not "
+            "teach the student to end. Add the teacher's token to eos_token_id in the student's generation_config.json",
+        )
+
+
+def _end_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    try:
+        settings = GenerationConfig.from_pretrained(models.resolve_model(name))
+    except (OSError, ValueError):  # the file is optional
+        settings = GenerationConfig()
+    return frozenset(models.end_ids(settings, tokenizer))
+
+
+def _chat_templates(config: Config, tokenizers: Tokenizers, say: Tell) -> None:
+    ours, theirs = (tokenizer.chat_template for tokenizer in tokenizers)
+    if ours == theirs:
+        say("chat template", "ok", "the same for student and teacher" if ours else "none: prompts are plain text")
+    else:
+        which = (
+            "the student has none, so prompts are plain text" if not ours else "prompts are written with the student's"
+        )
+        say(
+            "chat template",
+            "warning",
+            f"student and teacher differ in it: {which}, and the teacher reads what it may not have been trained on. "
+            "Look at the first prompt below",
+        )
+
+
+def _prompts(config: Config, tokenizers: Tokenizers, say: Tell) -> Sequence[Prompt]:
+    source = training_prompts(config.data, tokenizers[0], seed=config.training.seed)
+    if config.reward.function == GRADE and isinstance(source, DatasetSource):
+        source.check_gradable()
+    prompts = source.batch(0, config.rollout.prompts_per_step)
+    held_out = config.evaluation
+    if held_out.data:
+        problems = held_out_prompts(
+            held_out.data, config.data, tokenizers[0], count=held_out.num_problems, split=held_out.split
+        )
+        evaluated = f"; {len(problems)} held-out problems from {held_out.data}"
+    else:
+        evaluated = "; nothing is evaluated"
+    dropped = f"; {source.dropped_too_long} are too long and left out" if source.dropped_too_long else ""
+    say(
+        "prompts",
+        "warning" if dropped else "ok",
+        f"{config.data.train}{dropped}{evaluated}. The first, {len(prompts[0].token_ids)} tokens: "
+        f"{tokenizers[0].decode(prompts[0].token_ids)!r}",
+    )
+    return prompts
+
+
+def _reward(config: Config, say: Tell) -> None:
+    if config.reward.function:
+        load_reward(config.reward.function)
+        say("reward", "ok", f"{config.reward.function} is there; what it returns shows at the first step")
+
+
+def _positions(config: Config, say: Tell) -> bool:
+    training = config.data.max_prompt_length + config.rollout.max_completion_length
+    evaluation = config.data.max_prompt_length + config.evaluation.max_tokens if config.evaluation.data else 0
+    for name, longest in zip(_names(config), (max(training, evaluation), training), strict=True):
+        model_config = read_model_config(name, config.model, local_files_only=False)
+        if model_config is None:
+            raise ModelError(
+                f"config.json of {name!r} cannot be read: no folder of a model, not on the Hub, or no network"
+            )
+        models.check_context(model_config, name, longest)
+        limit = getattr(model_config, "max_position_embeddings", None)
+        say("positions", "ok", f"{name} has {limit or 'no limit of'} positions, {longest} are needed")
+    return True
+
+
+def _memory(config: Config, say: Tell) -> bool | None:
+    memory, device = estimate_memory(config), models.resolve_device(config.training.device)
+    parts = ", ".join(f"{name} {text}" for name, text in memory_rows(config, memory) if name != "peak")
+    there = _device_bytes(device)
+    if memory.peak is None or there is None:
+        say("memory", "warning", f"what {device} has or the run needs is not known: {parts}")
+        return True
+    text = f"about {size_text(memory.peak)} at the peak, and {device} has {size_text(there)}: {parts}"
+    if memory.peak <= there:
+        say("memory", "ok", text)
+        return True
+    if config.training.parallel == "fsdp2":
+        say("memory", "warning", f"{text}. That is one process alone; fsdp2 shares student and optimiser among them")
+        return None
+    say(
+        "memory",
+        "failed",
+        f"{text}. Lower training.micro_batch_tokens or rollout.slots, set training.gradient_checkpointing or "
+        "model.lora, serve the teacher (model.teacher_model_server_url), or shard (training.parallel = fsdp2)",
+    )
+    return None
+
+
+def _device_bytes(device: torch.device) -> int | None:
+    """Memory that the device has in all; of the CPU, what this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return None
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(there, int(text)) if text.isdigit() else there
+
+
+# ---- with weights ----
+
+
+def _probe(config: Config, tokenizers: Tokenizers, prompts: Sequence[Prompt], say: Tell) -> None:
+    disable_progress_bar()  # of transformers, which would draw over what is said
+    if config.training.threads:
+        torch.set_num_threads(config.training.threads)
+    device, token_ids = models.resolve_device(config.training.device), [prompt.token_ids for prompt in prompts]
+    student = models.load_student(config, device)
+    config = config.with_settings(**{"model.compile": False})  # would take minutes, for a few responses
+    teacher, vocab_size = build_teacher(config, student, tokenizers[0], None, device=device)
+    if isinstance(teacher, ServedTeacher):
+        say("teacher's servers", "ok", f"model, tokens and {teacher.top_logprobs} candidates a token are as expected")
+    width = config.data.max_prompt_length + config.longest_response
+    sampler = build_sampler(config, student, tokenizers[0], vocab_size=vocab_size, max_model_len=width)
+    by_student = student_written(config, token_ids, sampler, teacher)
+    _say_agreement("agreement, student's text", by_student, say)
+    if isinstance(teacher, LocalTeacher):
+        by_teacher = teacher_written(config, token_ids, student, teacher, tokenizers[0])
+        _say_agreement("agreement, teacher's text", by_teacher, say)
+        config = _threshold(config, by_teacher, say)
+    if config.pruning.enable:
+        _say_saving(config, by_student, say)
+
+
+def _say_agreement(subject: str, written: Written, say: Tell) -> None:
+    overlap, mask = written.compatibility("overlap_ratio").double(), written.rollouts.response_mask
+    lengths = written.rollouts.lengths.double()
+    place = torch.arange(mask.shape[1]) / lengths[:, None].cpu()
+    thirds = [_mean(overlap.cpu()[mask.cpu() & (place >= i / 3) & (place < (i + 1) / 3)]) for i in range(3)]
+    ended = written.rollouts.finished.double().mean().item()
+    text = (
+        f"overlap {_mean(overlap[mask]):.3f} over {int(mask.sum()):,} tokens of {len(mask)} responses "
+        f"({', '.join(f'{third:.3f}' for third in thirds)} by thirds of a response); {lengths.mean():.0f} tokens on "
+        f"average, {ended:.0%} ended by themselves"
+    )
+    if not ended:
+        text += ": whoever wrote them may not know how to end, or needs a higher rollout.max_completion_length"
+    say(subject, "ok" if ended else "warning", text)
+
+
+def _threshold(config: Config, by_teacher: Written, say: Tell) -> Config:
+    """Hold the threshold against the teacher's own responses, which must not be drift; "auto" becomes a number."""
+    pruning = config.pruning
+    if not pruning.enable or pruning.metric == "teacher_top_p_accept":
+        return config
+    compatible, mask = by_teacher.compatibility(pruning.metric), by_teacher.rollouts.response_mask
+    safe = largest_safe_threshold(compatible, mask, pruning, config.objective.top_k)
+    safe_text = f"the largest that leaves {SAFE_SHARE:.0%} whole is {'none' if safe is None else f'{safe:g}'}"
+    if pruning.threshold == "auto":
+        if safe is None:
+            raise ModelError(f'pruning.threshold = "auto" would find none: {safe_text}; lower pruning.w_drop')
+        say("threshold", "ok", f'"auto" would be {safe:g} on these prompts')
+        return config.with_threshold(safe)
+    whole = share_whole(compatible, mask, pruning, pruning.threshold)
+    say(
+        "threshold",
+        "ok" if whole >= SAFE_SHARE else "warning",
+        f"{pruning.threshold:g} leaves {whole:.0%} of the teacher's own responses reliable to the end; {safe_text}",
+    )
+    return config
+
+
+def _say_saving(config: Config, written: Written, say: Tell) -> None:
+    pruning, rollouts = config.pruning, written.rollouts
+    mask, lengths = rollouts.response_mask, rollouts.lengths
+    events = drift_events(rollouts.response_ids, mask, written.student, written.teacher, pruning)
+    drift = drift_report(events, mask, w_drop=pruning.w_drop, w_base=pruning.w_base, eps=pruning.positive_eps)
+    effective = drift.effective_length
+
+    def share(cap: int | Tensor) -> str:
+        cut = lengths.minimum(torch.as_tensor(cap, device=lengths.device))
+        return f"{1 - cut.sum().item() / lengths.sum().item():.0%}"
+
+    savings = []
+    if config.window_is_dynamic:
+        window = pruning.dynamic_response_length
+        settled = min(max(int(effective.double().quantile(1 - window.hit_ratio)), window.min_len), window.max_len)
+        savings.append(f"{share(window.init_len)} by the first window, of {window.init_len} tokens")
+        savings.append(f"{share(settled)} by one that has settled, at {settled}")
+    savings.append(f"{share(effective + 1)} by in_flight{'' if config.stops_in_flight else ', which is off'}")
+    say(
+        "saving to expect",
+        "ok",
+        f"{events[mask].double().mean():.1%} of the student's tokens are drift events, and reliability lasts for "
+        f"{effective.double().mean():.0f} of {lengths.double().mean():.0f} tokens. Of these tokens would be saved: "
+        f"{'; '.join(savings)}. That is before training, for responses of up to {config.longest_response:,} tokens; "
+        "agreement grows with training, and what is saved shrinks",
+    )
+
+
+def _mean(values: Tensor) -> float:
+    return values.mean().item() if values.numel() else float("nan")

@@ -1,1 +1,0 @@
-"""Runs as a page that people can look at, and as a model card."""

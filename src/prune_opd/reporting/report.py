@@ -1,0 +1,462 @@
+"""`prune-opd report`: runs and comparisons as one HTML file that needs no network and runs no script but its own.
+
+Everything a model wrote is hostile input. It reaches the page as JSON, whose `<`, `>`, `&` and line separators jinja2
+escapes, and from there as text nodes only; a content security policy with the hash of the page's one script forbids
+any other script and every request.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from jinja2.utils import htmlsafe_json_dumps
+
+from prune_opd.evaluation.evaluate import bootstrap_ci95
+from prune_opd.experiments.results import QUANTITIES, difference, seconds_to
+from prune_opd.reporting.run_logs import PHASES, Run, read_lines, read_runs
+
+ROLLOUT_BYTES = 2_500_000  # of rollouts in the page, all runs together; the rest of a page stays below as much again
+MOST_POINTS = 240  # of a line; longer runs are thinned
+MOST_COLUMNS, MOST_ROWS = 120, 80  # of the heat map: steps and positions
+CURVES = 5  # steps whose curves over positions are drawn
+MOST_TEXT = 4_000  # characters of a prompt or response
+
+SERIES = {  # name in the page: metric
+    "window": "prune_opd/current_max_response_length",
+    "effective_mean": "prune_opd/effective_response_length_mean",
+    "effective_p90": "prune_opd/effective_response_length_p90",
+    "length": "completions/mean_length",
+    "overlap": "distillation/overlap_ratio",
+    "ended": "completions/eos_rate",
+}
+
+
+def write_report(paths: Sequence[Path], output: Path | None = None) -> Path:
+    """Write the report of run directories, or of `compare` directories, and return where it is.
+
+    `output` is report.html in the directory when there is one, else in the current one. Raises RunLogError.
+    """
+    if output is None:
+        output = paths[0] / "report.html" if len(paths) == 1 else Path("report.html")
+    output.write_text(render(read_runs(paths)), encoding="utf-8")
+    return output
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page as text."""
+    templates = files("prune_opd.reporting") / "templates"
+    script, style, page = (
+        (templates / name).read_text("utf-8") for name in ("report.js", "report.css", "report.html.j2")
+    )
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    environment.filters |= {"duration": duration, "percent": percent, "count": lambda n: f"{n:,.0f}"}
+    arms = arm_rows(runs)
+    budget = ROLLOUT_BYTES // len(runs)
+    data = {
+        "runs": [_finite(page_run(run, budget)) for run in runs],
+        "arms": [{"arm": arm["arm"], "seconds": arm["seconds"]} for arm in arms],
+    }
+    return environment.from_string(page).render(
+        runs=runs,
+        arms=arms,
+        verdict=list(verdict(arms)),
+        missing=[(run.name, note) for run in runs for note in missing(run)],
+        settings=settings_table(runs),
+        data=data,
+        script=script,
+        style=style,
+        script_hash=_hash(script),
+        style_hash=_hash(style),
+        phases=list(PHASES),
+        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        version=version("prune-opd"),
+    )
+
+
+# ---- over runs: what the tables show ----
+
+
+def arm_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """One row for each arm: means over its seeds, and what it saved against the baseline where they can be compared.
+
+    The baseline is the arm `opd`, else the only one without pruning. `saved` is None unless both arms ran the same
+    seeds for the same number of steps on the same models and data; then `difference` is the accuracy less the
+    baseline's, paired by seed (or by problem, with one seed), and `to_equal` the training seconds until it was equal.
+    """
+    of_arm = {arm: [run for run in runs if run.arm == arm] for arm in dict.fromkeys(run.arm for run in runs)}
+    rows = [_arm_row(arm, its_runs) for arm, its_runs in of_arm.items()]
+    unpruned = [row for row in rows if not row["prunes"]]
+    named = [row for row in rows if row["arm"] == "opd"]
+    baseline = named[0] if named else unpruned[0] if len(unpruned) == 1 else None
+    for row in rows:
+        row["is_baseline"] = row is baseline
+        row["baseline"] = baseline["arm"] if baseline else None
+        comparable = baseline and row is not baseline and row["same"] == baseline["same"]
+        row["saved"] = (
+            {
+                name: _share_saved(row[name], baseline[name])
+                for name in ("seconds", "tokens")  # of each phase and of all of them
+            }
+            if comparable and baseline
+            else None
+        )
+        judged = comparable and baseline and row["accuracy"] is not None and baseline["accuracy"] is not None
+        row["difference"] = _difference(of_arm[row["arm"]], of_arm[baseline["arm"]]) if judged and baseline else None
+        row["to_equal"] = _to_equal(of_arm[row["arm"]], baseline["accuracy"]) if judged and baseline else None
+    return rows
+
+
+def _difference(runs: Sequence[Run], baseline: Sequence[Run]) -> tuple[float, float, float]:
+    """Accuracy less the baseline's and its 95% interval, as `compare` states them."""
+    records = ([{"seed": run.seed, **_last_evaluation(run)} for run in of_arm] for of_arm in (runs, baseline))
+    found = difference(*records)["accuracy"]
+    return (found["mean"], *(found["ci95"] or found["ci95_problems"]))
+
+
+def _last_evaluation(run: Run) -> dict[str, Any]:
+    last = run.evaluations[-1]
+    return {"accuracy": last["eval/accuracy"], "per_problem": last["eval/per_problem"], **dict.fromkeys(QUANTITIES, 0)}
+
+
+def _to_equal(runs: Sequence[Run], accuracy: float) -> float | None:
+    """Training seconds until `accuracy`, as `compare` states them; None where it never was, or seeds were not alike."""
+    curves = [
+        [{"accuracy": e["eval/accuracy"], "train_seconds": e.get("time/train_so_far", 0.0)} for e in run.evaluations]
+        for run in runs
+    ]
+    if len({len(curve) for curve in curves}) > 1:
+        return None
+    return seconds_to(accuracy, [{"evaluations": curve} for curve in curves])
+
+
+def _arm_row(arm: str, runs: list[Run]) -> dict[str, Any]:
+    def mean(values: Sequence[float]) -> float:
+        return float(np.mean(values))
+
+    phases = {name: mean([run.total(f"time/{name}") for run in runs]) for name in PHASES}
+    whole = mean([run.total("time/total") for run in runs])
+    tokens = {name: mean([run.total(key) for run in runs]) for name, key in PHASES.items()}
+    last = [run.evaluations[-1] for run in runs if run.evaluations]
+    config = runs[0].config
+    return {
+        "arm": arm,
+        "seeds": [run.seed for run in runs],
+        "steps": [len(run.steps) for run in runs],
+        "planned": [run.planned for run in runs],
+        "prunes": config["pruning"]["enable"],
+        "accuracy": mean([e["eval/accuracy"] for e in last]) if len(last) == len(runs) else None,
+        "ci95": _interval(last) if len(last) == len(runs) else None,
+        "spread": float(np.std([e["eval/accuracy"] for e in last], ddof=1)) if len(last) == len(runs) > 1 else None,
+        "seconds": {**phases, "other": whole - sum(phases.values()), "all": whole},
+        "tokens": {**tokens, "all": sum(tokens.values())},
+        "cut_tokens": mean([run.total("tokens/saved") for run in runs]),
+        "eval_seconds": mean([sum(e["time/eval"] for e in run.evaluations) for run in runs]),
+        "window": _first_and_last(runs, SERIES["window"]),
+        "overlap": _first_and_last(runs, SERIES["overlap"]),
+        "ended": _first_and_last(runs, SERIES["ended"]),
+        "same": (
+            sorted(run.seed for run in runs),
+            [len(run.steps) for run in runs],
+            *(config[section] for section in ("model", "data", "evaluation")),
+        ),
+    }
+
+
+def verdict(arms: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The comparison in sentences, of the first two arms; nothing where no arm can be compared."""
+    baseline = next((arm for arm in arms if arm["is_baseline"]), None)
+    if baseline is None:
+        return
+    compared = [arm for arm in arms if arm["saved"] is not None]
+    for arm in compared[:2]:
+        saved = arm["saved"]["seconds"]["all"]
+        sentence = (
+            f"{arm['arm']} trained in {duration(arm['seconds']['all'])} where {baseline['arm']} took "
+            f"{duration(baseline['seconds']['all'])}: {abs(saved):.0%} {'less' if saved >= 0 else 'more'}"
+        )
+        if arm["accuracy"] is not None and baseline["accuracy"] is not None:
+            apart = arm["ci95"][0] > baseline["ci95"][1] or arm["ci95"][1] < baseline["ci95"][0]
+            sentence += (
+                f", with {percent(arm['accuracy'])} right against {percent(baseline['accuracy'])} (95% intervals over "
+                f"problems {'lie apart' if apart else 'overlap'})"
+            )
+        yield sentence + "."
+    if len(compared) > 2:
+        yield f"{len(compared) - 2} more {'arm is' if len(compared) == 3 else 'arms are'} in the table."
+
+
+def missing(run: Run) -> Iterator[str]:
+    """What a reader will not find of a run, and why."""
+    if len(run.steps) < run.planned:
+        yield f"{len(run.steps)} of {run.planned} steps are done; the rest is not in this page."
+    if not run.evaluations:
+        why = "has no result yet" if run.config["evaluation"]["data"] else "is off (evaluation.data is not set)"
+        yield f"Evaluation {why}, so there is no accuracy."
+    if not run.config["pruning"]["enable"]:
+        weights = (
+            "tokens to train on are drawn at random"
+            if run.config.get("control", {}).get("kept_tokens")
+            else ("every token has weight 1")
+        )
+        yield f"Pruning is off: {weights}, and effective length is only what drift would have left."
+    if not (run.path / "drift.jsonl").is_file() and run.steps:
+        yield "drift.jsonl is not there, so overlap by position, weights and drift onset are not shown."
+    if not (run.path / "rollouts.jsonl").is_file() and run.steps:
+        yield "rollouts.jsonl is not there (tracking.rollouts_per_step = 0 writes none), so no rollout is shown."
+
+
+def settings_table(runs: Sequence[Run]) -> dict[str, Any]:
+    """Dotted settings: those that all runs share, by section, and those in which arms differ (seeds aside)."""
+    flat = {run.arm: dict(flattened(run.config)) for run in runs}
+    names = list(dict.fromkeys(name for settings in flat.values() for name in settings))
+    differing = [n for n in names if n != "training.seed" and len({repr(s.get(n)) for s in flat.values()}) > 1]
+    shared: dict[str, list[tuple[str, str]]] = {}
+    for name in names:
+        if name not in differing:
+            section, _, rest = name.partition(".")
+            value = next(settings[name] for settings in flat.values() if name in settings)
+            if name == "training.seed":
+                value = sorted({run.seed for run in runs}) if len(runs) > 1 else value
+            shared.setdefault(section, []).append((rest, _setting(value)))
+    return {
+        "arms": list(flat),
+        "differing": [(name, [_setting(settings.get(name)) for settings in flat.values()]) for name in differing],
+        "shared": shared,
+    }
+
+
+def flattened(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings under their dotted names."""
+    for name, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from flattened(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+# ---- one run: what the charts show ----
+
+
+def page_run(run: Run, rollout_bytes: int) -> dict[str, Any]:
+    """What the page's script draws of one run; docs/metrics.md has the logs that it comes from."""
+    drift = _drift(run)
+    stride = math.ceil(len(run.steps) / MOST_POINTS) or 1
+    thinned = run.steps[::stride]
+    shown = _evenly(run.steps, CURVES)
+    return {
+        "name": run.name,
+        "arm": run.arm,
+        "seed": run.seed,
+        "prunes": run.config["pruning"]["enable"],
+        "threshold": run.config["pruning"]["threshold"],
+        "metric": run.config["pruning"]["metric"],
+        "k": run.config["objective"]["top_k"],
+        "full_weight": 1 + run.config["pruning"]["w_base"] if run.config["pruning"]["enable"] else 1,
+        "done": len(run.steps),
+        "steps": [step["step"] for step in thinned],
+        "series": {name: [_short(step.get(key)) for step in thinned] for name, key in SERIES.items()},
+        "seconds": {name: _short(run.total(f"time/{name}")) for name in (*PHASES, "total")},
+        "tokens": {name: run.total(key) for name, key in PHASES.items()} | {"saved": run.total("tokens/saved")},
+        "grew": sum(
+            step["prune_opd/next_max_response_length"] > step["prune_opd/current_max_response_length"]
+            for step in run.steps
+        ),
+        "evaluations": [
+            {
+                "step": e["step"],
+                "seconds": _short(e.get("time/train_so_far", 0.0)),
+                "accuracy": _short(e["eval/accuracy"]),
+                "low": _short(e["eval/ci95"][0]),
+                "high": _short(e["eval/ci95"][1]),
+            }
+            for e in run.evaluations
+        ],
+        "buckets": {
+            name: [{"step": step["step"], "values": _buckets(step, f"distillation/{name}")} for step in shown]
+            for name in ("reverse_kl", "entropy_gap")
+        },
+        **drift,
+        "rollouts": list(_rollouts(run, rollout_bytes)),
+    }
+
+
+def _drift(run: Run) -> dict[str, Any]:
+    """Overlap by position and step, weight by position, onsets: everything that drift.jsonl is read for."""
+    path = run.path / "drift.jsonl"
+    nothing: dict[str, Any] = {"heat": None, "weights": [], "onset": None}
+    if not run.steps or not path.is_file():
+        return nothing
+    last = run.steps[-1]["step"]
+    longest = int(max(step[SERIES["window"]] for step in run.steps))
+    height, width = math.ceil(longest / MOST_ROWS), math.ceil(last / MOST_COLUMNS)
+    rows, columns = math.ceil(longest / height), math.ceil(last / width)
+    sums, counts = np.zeros((columns, rows)), np.zeros((columns, rows))
+    curves = {step["step"] for step in _evenly(run.steps, CURVES)}
+    weights = []
+    onsets: list[list[int]] = [[], []]  # of the first and of the second half of the steps
+    for record in read_lines(path):
+        step = record["step"]
+        if step > last:
+            break
+        column = (step - 1) // width
+        for line in record["shared"]:
+            shared = np.frombuffer(bytes.fromhex(line), dtype=np.uint8)
+            row = np.arange(len(shared)) // height
+            sums[column] += np.bincount(row, shared, minlength=rows)
+            counts[column] += np.bincount(row, minlength=rows)
+        onsets[2 * step > last] += record["onset"]
+        if step in curves and "weight_by_position" in record:
+            curve = record["weight_by_position"]
+            every = math.ceil(len(curve) / MOST_POINTS) or 1
+            weights.append({"step": step, "every": every, "values": [_short(w) for w in curve[::every]]})
+    overlap = (
+        np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0) / run.config["objective"]["top_k"]
+    )
+    # Two hexadecimal digits a cell: the overlap in 250ths, ff where no rollout reached.
+    cells = np.where(np.isnan(overlap), 255, np.rint(np.nan_to_num(overlap) * 250)).astype(np.uint8)
+    return {
+        "heat": {"height": height, "width": width, "columns": [bytes(column).hex() for column in cells]},
+        "weights": weights,
+        "onset": _onset_histogram(onsets, longest),
+    }
+
+
+def _onset_histogram(halves: list[list[int]], longest: int) -> dict[str, Any]:
+    """Share of rollouts by the position of their first event: 0, 1, 2-3, 4-7 and so on; none is the rest."""
+    edges = [0, 1]
+    while edges[-1] < longest:
+        edges.append(2 * edges[-1])
+    shares = []
+    for onsets in halves:
+        found = np.histogram([onset for onset in onsets if onset >= 0], bins=edges)[0]
+        shares.append([_short(n / len(onsets)) for n in found.tolist()] if onsets else [])
+    none = [_short(sum(o < 0 for o in onsets) / len(onsets)) if onsets else None for onsets in halves]
+    return {"edges": edges, "halves": shares, "none": none}
+
+
+def _buckets(step: dict[str, Any], key: str) -> list[list[float | None]]:
+    """[from, to, mean] of each position bucket of a metric."""
+    found = []
+    for name, value in step.items():
+        if name.startswith(f"{key}/pos_"):
+            start, stop = name.removeprefix(f"{key}/pos_").split("_")
+            found.append([int(start), int(stop), _short(value)])
+    return sorted(found)
+
+
+def _rollouts(run: Run, budget: int) -> Iterator[dict[str, Any]]:
+    """Rollouts of steps that lie evenly over the run, as many as `budget` bytes of JSON hold; one step at least."""
+    path = run.path / "rollouts.jsonl"
+    if not path.is_file():
+        return
+    sizes: dict[int, int] = {}
+    for record in read_lines(path):
+        sizes[record["step"]] = sizes.get(record["step"], 0) + len(json.dumps(record))
+    count = min(len(sizes), 40)
+    while count > 1 and sum(sizes[step] for step in _evenly(list(sizes), count)) > budget:
+        count -= 1
+    chosen = set(_evenly(list(sizes), count))
+    left = budget
+    for record in read_lines(path):
+        if record["step"] in chosen and left > 0:
+            rollout = _page_rollout(record, left)
+            left -= _size(rollout)
+            yield rollout
+
+
+def _page_rollout(record: dict[str, Any], budget: int) -> dict[str, Any]:
+    """One rollout with no more than `budget` bytes of tokens, about; a long text is cut and says so."""
+    tokens = len(record.get("token_ids", ()))
+    if not tokens:  # tracking.rollout_tokens = 0, or a log of an earlier version: text alone
+        return {**record, "prompt": _cut(record["prompt"]), "response": _cut(record["response"])}
+    kept = max(1, min(tokens, budget * tokens // _size(record)))
+    by_token = {name: record[name][:kept] for name in ("token_ids", "weight", "shared", "teacher_logprob")}
+    sides = {side: {name: record[side][name][:kept] for name in ("ids", "logprobs")} for side in ("student", "teacher")}
+    used = {*by_token["token_ids"], *(v for side in sides.values() for at in side["ids"] for v in at)}
+    rest = {name: value for name, value in record.items() if name != "response"}
+    texts = {str(v): record["texts"][str(v)] for v in used}
+    return {**rest, **by_token, **sides, "texts": texts, "prompt": _cut(record["prompt"])}
+
+
+# ---- numbers ----
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 57 s, 12 min 5 s, 6 h 54 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 100:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def percent(share: float) -> str:
+    """A share with one decimal."""
+    return f"{share:.1%}".replace("-", "−")
+
+
+def _share_saved(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, float]:
+    return {name: 1 - ours[name] / theirs[name] for name in ours if theirs[name] > 0}
+
+
+def _first_and_last(runs: Sequence[Run], key: str) -> tuple[float, float] | None:
+    found = [(run.steps[0][key], run.steps[-1][key]) for run in runs if run.steps]
+    return (float(np.mean([a for a, _ in found])), float(np.mean([b for _, b in found]))) if found else None
+
+
+def _interval(evaluations: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """95% over problems, each averaged over seeds, as `compare` states it."""
+    return bootstrap_ci95(np.mean([e["eval/per_problem"] for e in evaluations], axis=0))
+
+
+def _evenly(items: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` of the items, first and last among them, evenly apart."""
+    if not items:
+        return []
+    return [items[i] for i in sorted({round(i) for i in np.linspace(0, len(items) - 1, min(count, len(items)))})]
+
+
+def _short(value: float | None) -> float | None:
+    """Four significant digits."""
+    return value if value is None or isinstance(value, int) else float(f"{value:.4g}")
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinities as null, which JSON has; what was not logged is null too."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _size(value: Any) -> int:
+    """Bytes that it takes in the page: a `<` takes six."""
+    return len(htmlsafe_json_dumps(value, dumps=json.dumps))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]}… ({len(text) - MOST_TEXT:,} more characters)"
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, list) and len(value) > 8:  # one number a step, of a control
+        return f"{json.dumps(value[:3])[:-1]}, …, {json.dumps(value[-1])}] ({len(value)} entries)"
+    return value if isinstance(value, str) else "not set" if value is None else json.dumps(value)
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

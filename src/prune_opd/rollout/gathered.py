@@ -1,0 +1,54 @@
+"""Rollouts of a sharded student, whose weights are gathered for the time of a call."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from prune_opd.distributed.world import whole
+from prune_opd.rollout.base import Watcher
+from prune_opd.rollout.local import LocalSampler
+from prune_opd.types import Rollouts
+
+
+class WholeWeightsSampler:
+    """A `Sampler` over a copy of a sharded student that holds the whole weights while it samples, and nothing between.
+
+    Token by token a sharded model would gather all its weights for each token, and ranks whose rollouts end earlier
+    would have to go on. So they are gathered once a call; then each rank samples by itself, without collectives. All
+    ranks must call `sample` equally often, with prompts or without.
+    """
+
+    def __init__(self, sampler: LocalSampler, student: torch.nn.Module) -> None:
+        """Make a copy of `student`, which is not sharded yet, the model of `sampler`; its parameters have no memory."""
+        hollow = {id(p): torch.nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in student.parameters()}
+        self.sampler, self.student = sampler, student
+        self.model = sampler.model = copy.deepcopy(student, hollow)
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        uniforms: Tensor,
+        *,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        watcher: Watcher | None = None,
+    ) -> Rollouts:
+        """See `Sampler.sample`."""
+        with torch.no_grad():
+            gathered = {id(p): whole(p.detach()) for p in self.student.parameters()}
+        self._assign(gathered)
+        try:
+            return self.sampler.sample(
+                prompts, uniforms, temperature=temperature, top_p=top_p, top_k=top_k, watcher=watcher
+            )
+        finally:
+            self._assign({key: value.to("meta") for key, value in gathered.items()})
+
+    def _assign(self, values: dict[int, Tensor]) -> None:
+        named = self.student.named_parameters(remove_duplicate=False)  # tied weights have several names and one value
+        self.model.load_state_dict({name: values[id(p)] for name, p in named}, assign=True, strict=False)

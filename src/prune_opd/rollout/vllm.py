@@ -1,0 +1,224 @@
+"""Rollouts from a vLLM engine in this process, whose weights are those of the student before each call.
+
+What is the same as in the local sampler: temperature, top-p, end tokens (kept in the response), and the student's top-k
+log-probabilities, taken before temperature and top-p. What is not: vLLM draws its own random numbers. Each request has
+a seed made from its rollout's first number, so a rollout depends on (seed, step, rollout) and the weights, up to
+rounding in the engine, but is not the local sampler's; and the entropy is that of the top-k completed by an even share
+of the mass that is left, an upper bound.
+
+**Weights.** They are handed over as tensors and checked before every call: sampling/weights.py.
+
+**Stops.** A rollout that the watcher ends is aborted in the engine and its place taken at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prune_opd.errors import EngineError
+from prune_opd.rollout.base import Watcher
+from prune_opd.rollout.transcript import Transcript
+from prune_opd.rollout.weights import PARITY, check_the_check, probe_logprobs, served_weights
+from prune_opd.serving.probe import probe_ids
+from prune_opd.types import Rollouts
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: weights are handed over as tensors
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else it takes every core for itself
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default is a share of all memory
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+
+
+class VLLMSampler:
+    """Implements `Sampler`. `eos_ids` end a rollout, `slots` of them decode at once, `top_k` is the most candidates.
+
+    student: the model that is trained, of which `model` is the folder or Hub id · max_model_len: prompt and response.
+    Raises EngineError when vLLM is not installed, does not start, or does not take on new weights.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        *,
+        model: str,
+        dtype: str,
+        pad_id: int,
+        eos_ids: Sequence[int],
+        slots: int,
+        top_k: int,
+        max_model_len: int,
+        seed: int = 0,
+        gpu_memory_utilization: float = 0.3,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.student, self.pad_id, self.eos_ids, self.slots = student, pad_id, list(eos_ids), slots
+        self.tolerance = PARITY[dtype]
+        self.vocab_size = student.get_output_embeddings().weight.shape[0]
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        try:
+            from vllm import EngineArgs, LLMEngine
+            from vllm.platforms import current_platform
+        except ImportError as error:
+            raise EngineError(
+                f"rollout.use_vllm needs vLLM, which cannot be imported ({error}); install it (on a GPU: pip install "
+                "prune-opd[vllm]; on a CPU: make setup-vllm), or set rollout.use_vllm = false"
+            ) from error
+        try:
+            self.engine = LLMEngine.from_engine_args(
+                EngineArgs(
+                    model=model,
+                    dtype=dtype,
+                    seed=seed,
+                    max_model_len=max_model_len,
+                    max_num_seqs=slots,
+                    max_logprobs=max(1, top_k),
+                    gpu_memory_utilization=gpu_memory_utilization,
+                    trust_remote_code=trust_remote_code,
+                    generation_config="vllm",  # no sampling settings but ours
+                    skip_tokenizer_init=True,
+                    # On the CPU, a prompt that is read in two parts breaks requests with a seed ("CPU Generator does
+                    # not use offset", 0.32), so every prompt must fit into one forward.
+                    enable_chunked_prefill=not current_platform.is_cpu(),
+                    max_num_batched_tokens=max(2048, max_model_len) if current_platform.is_cpu() else None,
+                    enforce_eager=True,  # captured graphs would hold on to old weights' memory
+                    disable_log_stats=True,
+                )
+            )
+        except (ValueError, RuntimeError, OSError) as error:
+            raise EngineError(f"vLLM did not start with {model!r}: {error}") from error
+        # At each reload it warns of layers without weights of their own and of a tied head; `sync` checks them all.
+        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+        check_the_check(student, self.sync, self.parity, self.tolerance)
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        uniforms: Tensor,
+        *,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        watcher: Watcher | None = None,
+    ) -> Rollouts:
+        """See `Sampler.sample`; of `uniforms`, only each row's first number is used, as the seed of its request."""
+        self.sync()
+        said = Transcript(
+            prompts,
+            uniforms.shape[1],
+            top_k=top_k,
+            pad_id=self.pad_id,
+            eos_ids=self.eos_ids,
+            vocab_size=self.vocab_size,
+            device=self.student.device,
+        )
+        slot_steps = self._run(said, uniforms, temperature, top_p, watcher) if said.cap else 0
+        return said.rollouts(slot_steps=slot_steps)
+
+    # ---- weights ----
+
+    def sync(self) -> None:
+        """Hand the student's weights over, and check that the engine answers with them; EngineError if it does not."""
+        # A generator cannot be copied, and the engine's side is this process: nothing is written or sent.
+        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": served_weights(self.student)})
+        self.engine.collective_rpc(repack_cpu_weights)
+        if not self.engine.reset_prefix_cache():
+            raise EngineError("vLLM kept its prefix cache, which holds states of the old weights; it has requests left")
+        apart = self.parity()
+        if not apart <= self.tolerance:
+            raise EngineError(
+                f"vLLM does not serve the weights that were handed over: log-probabilities of a probe are {apart:.3g} "
+                f"nats from the trainer's on average (at most {self.tolerance:g} is rounding). Nothing was sampled; "
+                "set rollout.use_vllm = false, and report the model and the version of vLLM"
+            )
+
+    def parity(self) -> float:
+        """Mean |log p_engine - log p_trainer| over a fixed sequence, in nats."""
+        ids = probe_ids(self.vocab_size)
+        answer = self.finish([ids], [{"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}])[0].prompt_logprobs
+        starts = [a for a, b in zip(answer.start_indices, answer.end_indices, strict=True) if b > a]
+        theirs = torch.tensor([answer.logprobs[a] for a in starts], dtype=torch.float64)
+        return (theirs - probe_logprobs(self.student, ids)).abs().mean().item()
+
+    # ---- requests ----
+
+    def finish(self, prompts: Sequence[Sequence[int]], settings: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """Run one request for each prompt to its end, with vLLM's SamplingParams by name; its outputs in order."""
+        from vllm import SamplingParams
+
+        for i, (ids, named) in enumerate(zip(prompts, settings, strict=True)):
+            params = SamplingParams(detokenize=False, flat_logprobs=True, **named)
+            self.engine.add_request(str(i), {"prompt_token_ids": list(ids)}, params)
+        done: dict[int, Any] = {}
+        while self.engine.has_unfinished_requests():
+            done |= {int(output.request_id): output for output in self.engine.step() if output.finished}
+        return [done[i] for i in range(len(prompts))]
+
+    def _run(
+        self, said: Transcript, uniforms: Tensor, temperature: float, top_p: float, watcher: Watcher | None
+    ) -> int:
+        """Fill an empty transcript; returns decode steps times the rollouts in them."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        engine, slot_steps = self.engine, 0
+        seeds = (uniforms[:, 0].cpu() * 2**53).long().tolist()
+        waiting = deque(range(len(said.prompts)))
+        running: set[int] = set()
+        ended: list[int] = []
+        steps_since_look = 0
+        while waiting or running:
+            while waiting and len(running) < self.slots:
+                b = waiting.popleft()
+                params = SamplingParams(
+                    max_tokens=said.cap,
+                    temperature=temperature,
+                    top_p=top_p,
+                    seed=seeds[b],
+                    logprobs=said.top_k or None,
+                    stop_token_ids=self.eos_ids,
+                    ignore_eos=True,  # our ids alone end a rollout, and `stop_token_ids` has them
+                    detokenize=False,
+                    flat_logprobs=True,  # without these two, top-20 log-probs cost ten times the speed
+                    output_kind=RequestOutputKind.DELTA if watcher else RequestOutputKind.FINAL_ONLY,
+                )
+                engine.add_request(str(b), {"prompt_token_ids": list(said.prompts[b])}, params)
+                running.add(b)
+            slot_steps += len(running)
+            for output in engine.step():
+                b = int(output.request_id)
+                new = output.outputs[0]
+                candidates = (new.logprobs.token_ids, new.logprobs.logprobs) if said.top_k else ((), ())
+                said.take(b, new.token_ids, *candidates)  # the sampled token comes first at each position
+                if output.finished:
+                    running.discard(b)
+                    ended.append(b)
+            steps_since_look += 1
+            if watcher and (steps_since_look >= watcher.every or not (waiting or running)):
+                stops = said.look(watcher, ended, running)
+                engine.abort_request([str(b) for b in stops if b in running])
+                running -= stops.keys()
+                ended, steps_since_look = [], 0
+        return slot_steps
+
+
+def repack_cpu_weights(worker: Any) -> None:
+    """Runs in vLLM's worker. Its CPU layers multiply with a packed copy that a reload leaves stale where it is tied."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+        for module in worker.get_model().modules():
+            if hasattr(module, "cpu_linear") and module.weight.numel():
+                dispatch_cpu_unquantized_gemm(module, remove_weight=False)

@@ -1,1 +1,0 @@
-"""Samplers: where rollouts come from."""

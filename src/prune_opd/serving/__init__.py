@@ -1,0 +1,1 @@
+"""Requests to vLLM servers over HTTP."""

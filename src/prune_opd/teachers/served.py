@@ -1,0 +1,275 @@
+"""A teacher behind vLLM's OpenAI-compatible HTTP API, on as many replicas as the recipe lists.
+
+A rollout is scored by sending prompt and response as token ids and asking for `prompt_logprobs`: at each position the
+server's N most likely tokens and the token that stands there, with full-vocabulary log-probabilities. Three things
+follow from what that API can do:
+
+  * **Candidates outside the top N.** The student's candidates S_t are looked up in the list. One that is not in it has
+    a log-probability of at most the lowest listed, and all that are not listed share the mass that is left. It gets an
+    even share of that mass, log((1 - Σ listed) / (V - N)), which is never above the lowest listed. So overlap, drift
+    and the sampled token's score are exact at any N >= K, and the candidates' log-probabilities are exact where
+    listed. The entropy is the one of the same completed distribution, an upper bound.
+  * **max_logprobs.** N above the server's `--max-logprobs` (20 unless set) is refused: before step 1, by the probe.
+  * **No prefix reuse.** A request with `prompt_logprobs` reads every token anew. So `ServedStream` asks for a rollout
+    again only once it has grown by `GROWTH`: the total stays linear in its length, while a rollout may run on past its
+    stop by at most that factor, which costs tokens and changes nothing else.
+
+Log-probabilities are normalised over the vocabulary that the server's model has, padding rows included; their mass is
+nothing in trained models. Nothing is trained on an answer that is not whole: see `parse_scores`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from prune_opd.core.head import OutputHead
+from prune_opd.errors import ModelError, ServerError, TokenizerError
+from prune_opd.models.packing import Packed
+from prune_opd.serving.client import BadAnswer, Replica, Servers, check_model
+from prune_opd.serving.probe import probe_ids
+from prune_opd.teachers.local import empty_scores
+from prune_opd.types import Rollouts, Span, TeacherScores, TopK
+
+GROWTH = 1.5
+"""A rollout is scored again once it is this many times as long. The looks on the way read at most GROWTH / (GROWTH - 1)
+= 3 times its tokens and the last look reads them once more; a stop throws away at most half of what it keeps."""
+
+PROBE_TOLERANCE = 0.05
+"""Median difference of the probe's log-probabilities, in nats, from which on two servers serve different models. Noise
+of bfloat16 and of batching stays below it; two checkpoints of one family are further apart by an order of magnitude."""
+
+VOCABULARY_PART = 4096  # ids in one request of the comparison of tokenizers
+
+ROUNDING = 1e-7  # least mass that is taken to be left outside a list: float32 sums do not show less
+
+
+class ServedTeacher:
+    """Implements `Teacher`, except for the losses that need full-vocabulary logits.
+
+    model: the name that the servers serve it under · vocab_size: ids that student and teacher share · top_logprobs: N
+    above. Nothing is asked of a server before `check`, or the first score.
+    """
+
+    def __init__(self, servers: Servers, *, model: str, vocab_size: int, top_logprobs: int) -> None:
+        self.servers, self.model, self.vocab_size, self.top_logprobs = servers, model, vocab_size, top_logprobs
+        self.fingerprint: list[float] | None = None
+        servers.probe = self._probe
+
+    def check(self, tokenizer: PreTrainedTokenizerBase, longest: int, fingerprint: list[float] | None = None) -> None:
+        """Hold every replica against what the recipe expects of it, before the first step.
+
+        Raises ModelError when it serves another model, has fewer positions than `longest`, or scores the probe unlike
+        `fingerprint` (of an earlier run) or its neighbours; TokenizerError when any token id decodes differently;
+        ServerError when it cannot be reached or refuses `top_logprobs`.
+        """
+        self.fingerprint = fingerprint
+        for replica in self.servers.replicas:
+            self.servers.patiently(
+                replica,
+                lambda replica: check_model(
+                    self.servers,
+                    replica,
+                    self.model,
+                    longest + 1,
+                    whose="teacher",
+                    setting="model.teacher_server.model",
+                ),
+            )
+            self.servers.patiently(replica, lambda replica: self._check_tokenizer(replica, tokenizer))
+            self.servers.patiently(replica, self._probe)
+
+    def score(self, rollouts: Rollouts, *, top_k: int) -> TeacherScores:
+        """See `Teacher.score`. Raises ServerError; never returns partial scores."""
+        assert rollouts.student is not None, "the teacher scores the student's candidates: sample with top_k > 0"
+        stream = self.stream(rollouts.prompts, rollouts.response_ids.shape[1], top_k=top_k, slots=0)
+        spans = [Span(b, 0, n, ended=True) for b, n in enumerate(rollouts.lengths.tolist()) if n > 0]
+        return stream.score(rollouts.response_ids, rollouts.student, spans)
+
+    def stream(self, prompts: Sequence[Sequence[int]], length: int, *, top_k: int, slots: int) -> ServedStream:
+        """See `Teacher.stream`. Replicas are probed again first: one may have been restarted since the last step."""
+        self.servers.doubt()
+        return ServedStream(self, prompts, top_k)
+
+    def before_head(self, part: Packed) -> tuple[Tensor, OutputHead]:
+        """Not to be had over this API; the configuration refuses the losses that need it."""
+        raise AssertionError("full-vocabulary losses are refused with a served teacher")
+
+    def ask(self, token_ids: Sequence[int]) -> PromptScores:
+        """The teacher's view of every token but the first of a sequence."""
+        return self.servers.post(
+            "/v1/completions", self._request(token_ids), lambda answer: self._read(answer, token_ids)
+        )
+
+    # ---- requests and answers ----
+
+    def _request(self, token_ids: Sequence[int]) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "prompt": list(token_ids),
+            "max_tokens": 1,  # the least that every version takes; what it says is not looked at
+            "temperature": 0,
+            "prompt_logprobs": self.top_logprobs,
+            "return_token_ids": True,
+        }
+
+    def _read(self, answer: Any, token_ids: Sequence[int]) -> PromptScores:
+        if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list) or len(answer["choices"]) != 1:
+            raise BadAnswer("expected an object with one choice")
+        if answer.get("model") != self.model:
+            raise ServerError(f"an answer is of the model {answer.get('model')!r}, asked was {self.model!r}")
+        return parse_scores(answer["choices"][0], token_ids, min(self.top_logprobs, self.vocab_size), self.vocab_size)
+
+    # ---- who answers ----
+
+    def _check_tokenizer(self, replica: Replica, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Every id of our vocabulary must decode to the same text there."""
+        size = min(len(tokenizer), self.vocab_size)
+        for start in range(0, size, VOCABULARY_PART):
+            low, high = start, min(start + VOCABULARY_PART, size)
+            if self._decodes_alike(replica, tokenizer, low, high):
+                continue
+            while high - low > 1:  # bisect, to name the token
+                middle = (low + high) // 2
+                low, high = (middle, high) if self._decodes_alike(replica, tokenizer, low, middle) else (low, middle)
+            theirs = self._decoded(replica, [low])
+            raise TokenizerError(
+                f"student and served teacher have different token maps: id {low} is {tokenizer.decode([low])!r} for "
+                f"the student and {theirs!r} at {replica.url}. Prune-OPD compares token ids: use a pair with the same "
+                "tokenizer, and start the server with that tokenizer"
+            )
+
+    def _decodes_alike(self, replica: Replica, tokenizer: PreTrainedTokenizerBase, low: int, high: int) -> bool:
+        ids = list(range(low, high))
+        return self._decoded(replica, ids) == tokenizer.decode(ids)
+
+    def _decoded(self, replica: Replica, ids: list[int]) -> str:
+        answer = self.servers.ask(replica, "POST", "/detokenize", {"model": self.model, "tokens": ids})
+        if not isinstance(answer, dict) or not isinstance(answer.get("prompt"), str):
+            raise BadAnswer("/detokenize gave no text")
+        return answer["prompt"]
+
+    def _probe(self, replica: Replica) -> bool:
+        """Score a fixed sequence and compare with what was seen first: another model behind the same name shows."""
+        ids = probe_ids(self.vocab_size)
+        answer = self.servers.ask(replica, "POST", "/v1/completions", self._request(ids))
+        found = self._read(answer, ids).sampled.tolist()
+        if self.fingerprint is None:
+            self.fingerprint = found
+        apart = median(abs(a - b) for a, b in zip(found, self.fingerprint, strict=True))
+        if apart > PROBE_TOLERANCE:
+            raise ModelError(
+                f"{replica.url} serves another model than before under the name {self.model!r}: log-probabilities of "
+                f"a fixed sequence differ by {apart:.3g} nats at the median (at most {PROBE_TOLERANCE:g} is noise). It "
+                "was restarted with other weights, or replicas differ; serve one model on all of them"
+            )
+        return True
+
+
+class ServedStream:
+    """Implements `TeacherStream` without a cache: every request reads its rollout from the start."""
+
+    growth = GROWTH
+
+    def __init__(self, teacher: ServedTeacher, prompts: Sequence[Sequence[int]], top_k: int) -> None:
+        self.teacher, self.prompts, self.top_k = teacher, prompts, top_k
+        self.scores: TeacherScores | None = None
+
+    def score(self, response_ids: Tensor, student: TopK, spans: Sequence[Span]) -> TeacherScores:
+        """See `TeacherStream.score`. `scored` counts what the servers read, so a rollout counts at every request."""
+        scores = self.scores or empty_scores(response_ids, student, self.top_k)
+        said, candidates = response_ids.cpu(), student.ids.cpu()
+        sequences = [[*self.prompts[s.rollout], *said[s.rollout, : s.end].tolist()] for s in spans]
+        for span, found in zip(spans, self.teacher.servers.map(self.teacher.ask, sequences), strict=True):
+            where = span.rollout, slice(span.start, span.end)
+            # Row i of the answer is the prediction of token i + 1.
+            first = len(self.prompts[span.rollout]) - 1
+            new = found.rows(slice(first + span.start, first + span.end))
+            scores.topk.ids[where] = new.ids[:, : self.top_k].to(response_ids.device)
+            scores.topk.logprobs[where] = new.logprobs[:, : self.top_k].to(response_ids.device)
+            scores.topk.entropy[where] = new.entropy.to(response_ids.device)
+            scores.candidate_logprobs[where] = new.at(candidates[where]).to(response_ids.device)
+            scores.sampled_logprobs[where] = new.sampled.to(response_ids.device)
+        self.scores = replace(scores, scored=scores.scored + sum(span.end for span in spans))
+        return self.scores
+
+    def drop(self, rollout: int) -> None:
+        """Nothing is held for a rollout."""
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """What a server says of a sequence of L tokens: row i is its prediction of token i + 1.
+
+    ids (L-1, N + 1) int64, logprobs (L-1, N + 1) float32, most likely first, id -1 where there is none · unlisted
+    (L-1,): log-probability of each id that is not listed, an even share of the mass left · entropy (L-1,) · sampled
+    (L-1,): of the token that stands there.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    unlisted: Tensor
+    entropy: Tensor
+    sampled: Tensor
+
+    def rows(self, where: slice) -> PromptScores:
+        """Some of the positions."""
+        return PromptScores(*(values[where] for values in vars(self).values()))
+
+    def at(self, ids: Tensor) -> Tensor:
+        """Log-probabilities (L-1, K) of ids (L-1, K)."""
+        same = ids[:, :, None] == self.ids[:, None, :]
+        listed = (same * self.logprobs[:, None, :].clamp(min=torch.finfo(torch.float32).min)).sum(-1)
+        return torch.where(same.any(-1), listed, self.unlisted[:, None])
+
+
+def parse_scores(choice: Any, token_ids: Sequence[int], count: int, vocab_size: int) -> PromptScores:
+    """Take a completion's `prompt_logprobs` apart: the first None, then for each token {id: {"logprob": float}}.
+
+    Raises BadAnswer unless there is an entry for each token sent, with the ids sent, each with the `count` most likely
+    tokens and the token itself, all of them finite log-probabilities of one distribution.
+    """
+    found = choice.get("prompt_logprobs") if isinstance(choice, dict) else None
+    if not isinstance(found, list) or len(found) != len(token_ids):
+        got = f"{len(found)} positions" if isinstance(found, list) else "no prompt_logprobs"
+        raise BadAnswer(f"expected scores of {len(token_ids)} tokens, got {got}")
+    echoed = choice.get("prompt_token_ids")
+    if echoed is not None and echoed != list(token_ids):
+        raise BadAnswer("the answer is of other token ids than were sent")
+    ids, logprobs, sampled, unlisted, entropy = [], [], [], [], []
+    for position, (token, entry) in enumerate(zip(token_ids[1:], found[1:], strict=True), start=1):
+        try:
+            listed = {int(key): float(value["logprob"]) for key, value in entry.items()}
+            sampled.append(listed[token])
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise BadAnswer(f"the scores at position {position} are malformed, or lack token {token} itself") from None
+        if not all(map(math.isfinite, listed.values())):
+            raise BadAnswer(f"the scores at position {position} are not finite")
+        mass = sum(map(math.exp, listed.values()))
+        if mass > 1 + 1e-3:
+            raise BadAnswer(f"the scores at position {position} are no log-probabilities: their mass is {mass:.4g}")
+        ranked = sorted((item for item in listed.items() if item[0] < vocab_size), key=lambda item: -item[1])
+        if len(ranked) < count:
+            raise BadAnswer(f"position {position} has scores of {len(ranked)} known ids, asked were {count}")
+        left, rest = max(1 - mass, ROUNDING), vocab_size - len(listed)
+        share = math.log(left / rest) if rest > 0 else -math.inf
+        unlisted.append(min(share, ranked[count - 1][1]))
+        entropy.append(-sum(math.exp(value) * value for value in listed.values()) - (left * share if rest > 0 else 0))
+        # The token itself rides along behind the `count` likeliest; where it is one of them, the last place is empty.
+        ranked += [(-1, -math.inf)] * (count + 1 - len(ranked))
+        ids.append([key for key, _ in ranked[: count + 1]])
+        logprobs.append([value for _, value in ranked[: count + 1]])
+    return PromptScores(
+        torch.tensor(ids, dtype=torch.long).reshape(-1, count + 1),
+        torch.tensor(logprobs).reshape(-1, count + 1),
+        torch.tensor(unlisted),
+        torch.tensor(entropy),
+        torch.tensor(sampled),
+    )

@@ -1,1 +1,0 @@
-"""Numbers on their way out: metrics, the console, trackers."""

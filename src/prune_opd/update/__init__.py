@@ -1,0 +1,1 @@
+"""From scored rollouts to new weights: loss, gradient, optimiser."""

@@ -1,0 +1,135 @@
+"""What each process of test_distributed.py runs: `torchrun ... distributed_cases.py OUT`, or in-process.
+
+The student is float64, so that ranks differ from one process by the order of sums alone, and not by what Adam makes of
+rounded zeros.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from prune_opd.distributed.merging import merged
+from prune_opd.distributed.sharding import launched, shard, whole_weights
+from prune_opd.distributed.world import ALONE, whole
+from prune_opd.errors import NonFiniteError
+from prune_opd.models.loading import add_adapters
+from prune_opd.rollout.gathered import WholeWeightsSampler
+from prune_opd.rollout.local import LocalSampler
+from prune_opd.step import prune_opd_step
+from prune_opd.teachers.local import LocalTeacher
+from prune_opd.training.trainer import build_optimizer, build_window, metrics_of
+from tests.families import EOS, PAD, VOCAB, tiny_model, tiny_prompts
+from tests.test_step import IN_FLIGHT, config_of, related
+
+STEPS = 3
+CASES = {
+    "window": {},
+    "in-flight": IN_FLIGHT | {"pruning.in_flight.audit_share": 0.3},
+    "micro-batches": {"training.micro_batch_tokens": 20},
+    "weight-mean": {"objective.weight_normalization": "weight_mean"},
+    "full-logits": {"objective.loss": "jsd", "pruning.enable": False},
+    "controls": {
+        "pruning.enable": False,
+        "control.lengths": [9, 12, *[16] * 201],
+        "control.kept_tokens": [30] * 203,
+        "objective.weight_normalization": "weight_mean",
+    },
+    "tied": {},
+    "lora": {"model.lora.r": 2},
+    "one-prompt": {},
+    "one-prompt-in-flight": IN_FLIGHT,
+}
+
+# What four processes may do otherwise than two: more uneven shares, more ranks without a rollout, weights cut finer.
+CASES_OF = {2: tuple(CASES), 4: ("in-flight", "tied", "one-prompt")}
+
+
+def run_case(name, world, parallel="ddp"):
+    """Metrics of each step (rank 0), the last gradients, and the weights."""
+    settings = CASES[name]
+    config = config_of(**settings)
+    student = tiny_model("gemma3" if name == "tied" else "qwen3", seed=3)
+    teacher = related(student)
+    if config.model.lora:
+        torch.manual_seed(0)
+        student = add_adapters(student, config.model.lora)
+    student = student.double().train()
+    sampler = LocalSampler(student, pad_id=PAD, eos_ids=[EOS], vocab_size=VOCAB, slots=config.rollout.slots)
+    if parallel == "fsdp2" and world.size > 1:
+        sampler = WholeWeightsSampler(sampler, student)
+        shard(student)
+    optimizer, window = build_optimizer(student, config)[0], build_window(config)
+    found = {"steps": [], "lengths": [], "effective": [], "ids": [], "rows": []}
+    for step in range(STEPS):
+        mine = prune_opd_step(
+            step=step,
+            prompts=tiny_prompts()[:1] if name.startswith("one-prompt") else tiny_prompts(),
+            student=student,
+            sampler=sampler,
+            teacher=LocalTeacher(teacher, vocab_size=VOCAB),
+            optimizer=optimizer,
+            window=window,
+            vocab_size=VOCAB,
+            config=config,
+            world=world,
+        )
+        found["rows"].append(world.gather(len(mine.numbers)))
+        result = merged(mine, world, same=("window", "loss", "grad_norm", "seconds"))
+        if result is not None:
+            # What a share of the work changes: padding, and tokens past a stop, which depend on when the teacher looks.
+            skip = ("time/", "tokens/generated", "tokens/scored", "tokens/update_padding", "rollout/slot_occupancy")
+            record = {k: v for k, v in metrics_of(result, config).items() if not k.startswith(skip)}
+            found["steps"].append(record)
+            found["lengths"].append(result.rollouts.lengths)
+            found["effective"].append(result.drift.effective_length)
+            found["ids"].append(result.rollouts.response_ids)
+    found["gradients"] = {n: whole(p.grad) for n, p in student.named_parameters() if p.grad is not None}
+    found["weights"] = whole_weights(student, world)
+    return found
+
+
+def run_broken(world, parallel):
+    """The teacher of the last rank says NaN: every rank must raise, and none may wait for another."""
+    student = tiny_model("qwen3", seed=3).train()
+    teacher = related(student)
+    if world.rank == world.size - 1:
+        torch.nn.init.constant_(teacher.model.norm.weight, float("nan"))
+    sampler = LocalSampler(student, pad_id=PAD, eos_ids=[EOS], vocab_size=VOCAB)
+    if parallel == "fsdp2":
+        sampler = WholeWeightsSampler(sampler, student)
+        shard(student)
+    config = config_of()
+    try:
+        prune_opd_step(
+            step=7,
+            prompts=tiny_prompts(),
+            student=student,
+            sampler=sampler,
+            teacher=LocalTeacher(teacher, vocab_size=VOCAB),
+            optimizer=build_optimizer(student, config)[0],
+            window=None,
+            vocab_size=VOCAB,
+            config=config,
+            world=world,
+        )
+    except NonFiniteError as error:
+        return world.gather(str(error))
+    return world.gather("went on")
+
+
+def main(out: Path) -> None:
+    torch.set_num_threads(1)
+    with launched() as world:
+        assert world != ALONE
+        names = CASES_OF[world.size]
+        found = {(name, parallel): run_case(name, world, parallel) for name in names for parallel in ("ddp", "fsdp2")}
+        found["broken"] = {parallel: run_broken(world, parallel) for parallel in ("ddp", "fsdp2")}
+        if world.rank == 0:
+            torch.save(found, out)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
