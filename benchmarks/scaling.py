@@ -50,7 +50,7 @@ from prune_opd.models.packing import default_token_budget
 from prune_opd.rollout.local import LocalSampler
 from prune_opd.step import StepResult, prune_opd_step
 from prune_opd.teachers.local import LocalTeacher
-from prune_opd.training.trainer import build_optimizer
+from prune_opd.training.build import build_optimizer, build_run
 
 PHASES = ("rollout", "teacher", "update")
 PROMPT_TOKENS = 16
@@ -155,17 +155,16 @@ class Bench:
         prompts = torch.randint(self.shape.vocab_size, (rollouts, PROMPT_TOKENS), generator=generator).tolist()
         sampler = LocalSampler(self.student, pad_id=0, eos_ids=[], slots=config.rollout.slots)
         wall, cpu = time.perf_counter(), time.process_time()
-        result = prune_opd_step(
-            step=0,
-            prompts=prompts,
+        run = build_run(
+            config,
             student=self.student,
             sampler=sampler,
             teacher=self.teacher,
             optimizer=build_optimizer(self.student, config)[0],
             window=None,
             vocab_size=self.shape.vocab_size,
-            config=config,
         )
+        result = prune_opd_step(run, 0, prompts)
         seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
         assert int(result.rollouts.lengths.sum()) == rollouts * config.rollout.max_completion_length
         return result, seconds | {phase: result.seconds[phase] for phase in PHASES}

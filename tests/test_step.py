@@ -12,12 +12,13 @@ import torch
 
 from prune_opd.config import parse_config
 from prune_opd.errors import NonFiniteError
+from prune_opd.reporting.metrics import metrics_of
 from prune_opd.rollout.local import LocalSampler
-from prune_opd.step import prune_opd_step
 from prune_opd.teachers.local import LocalStream, LocalTeacher
-from prune_opd.training.trainer import build_optimizer, build_window, metrics_of
+from prune_opd.training.build import build_optimizer, build_window
 from tests.core import reference
 from tests.families import EOS, PAD, VOCAB, tiny_model, tiny_prompts
+from tests.steps import step_of
 
 M = 16
 BASE = {
@@ -62,7 +63,7 @@ def run_step(
     config = config_of(**settings)
     before = student or tiny_model("qwen3", seed=3)
     student = copy.deepcopy(before).train()
-    result = prune_opd_step(
+    result = step_of(
         step=step,
         prompts=tiny_prompts() if prompts is None else prompts,
         student=student,
@@ -249,7 +250,7 @@ def test_a_batch_in_which_nothing_weighs_anything_is_a_skipped_update_with_a_war
     optimizer.step()  # so that there is a momentum
     before = copy.deepcopy(student.state_dict())
     with pytest.warns(UserWarning, match="step 1: no token carries weight; the update was skipped"):
-        result = prune_opd_step(
+        result = step_of(
             step=0,
             prompts=tiny_prompts(),
             student=student,
@@ -318,7 +319,7 @@ def test_a_broken_teacher_stops_the_step_before_the_weights_move(family):
     optimizer = build_optimizer(student, config)[0]
     kept = copy.deepcopy(student.state_dict())
     with pytest.raises(NonFiniteError, match="step 8: the teacher's logits are NaN"):
-        prune_opd_step(
+        step_of(
             step=7,
             prompts=tiny_prompts(),
             student=student,

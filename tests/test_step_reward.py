@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from prune_opd.training.trainer import metrics_of
+from prune_opd.reporting.metrics import metrics_of
 from tests.core import reference
 from tests.families import tiny_model
 from tests.test_step import by_hand, config_of, gradients, related, run_step

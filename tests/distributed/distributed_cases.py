@@ -13,15 +13,16 @@ import torch
 
 from prune_opd.distributed.merging import merged
 from prune_opd.distributed.sharding import launched, shard, whole_weights
-from prune_opd.distributed.world import ALONE, whole
+from prune_opd.distributed.world import ALONE, full_tensor
 from prune_opd.errors import NonFiniteError
 from prune_opd.models.loading import add_adapters
+from prune_opd.reporting.metrics import metrics_of
 from prune_opd.rollout.gathered import WholeWeightsSampler
 from prune_opd.rollout.local import LocalSampler
-from prune_opd.step import prune_opd_step
 from prune_opd.teachers.local import LocalTeacher
-from prune_opd.training.trainer import build_optimizer, build_window, metrics_of
+from prune_opd.training.build import build_optimizer, build_window
 from tests.families import EOS, PAD, VOCAB, tiny_model, tiny_prompts
+from tests.steps import step_of
 from tests.test_step import IN_FLIGHT, config_of, related
 
 STEPS = 3
@@ -64,7 +65,7 @@ def run_case(name, world, parallel="ddp"):
     optimizer, window = build_optimizer(student, config)[0], build_window(config)
     found = {"steps": [], "lengths": [], "effective": [], "ids": [], "rows": []}
     for step in range(STEPS):
-        mine = prune_opd_step(
+        mine = step_of(
             step=step,
             prompts=tiny_prompts()[:1] if name.startswith("one-prompt") else tiny_prompts(),
             student=student,
@@ -86,7 +87,7 @@ def run_case(name, world, parallel="ddp"):
             found["lengths"].append(result.rollouts.lengths)
             found["effective"].append(result.drift.effective_length)
             found["ids"].append(result.rollouts.response_ids)
-    found["gradients"] = {n: whole(p.grad) for n, p in student.named_parameters() if p.grad is not None}
+    found["gradients"] = {n: full_tensor(p.grad) for n, p in student.named_parameters() if p.grad is not None}
     found["weights"] = whole_weights(student, world)
     return found
 
@@ -103,7 +104,7 @@ def run_broken(world, parallel):
         shard(student)
     config = config_of()
     try:
-        prune_opd_step(
+        step_of(
             step=7,
             prompts=tiny_prompts(),
             student=student,

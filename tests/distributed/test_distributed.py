@@ -140,7 +140,7 @@ def test_a_run_of_two_writes_what_a_run_of_one_writes_and_goes_on_with_any_numbe
 
 @given(costs=st.lists(st.floats(0.1, 100), max_size=40), size=st.integers(1, 6))
 def test_shares_are_a_partition_and_even(costs, size):
-    shares = [World(rank, size).share(costs) for rank in range(size)]
+    shares = [World(rank, size).partition(costs) for rank in range(size)]
     assert sorted(item for share in shares for item in share) == list(range(len(costs)))
     loads = [sum(costs[item] for item in share) for share in shares]
     assert max(loads) - min(loads) <= max(costs, default=0) + 1e-6

@@ -148,10 +148,10 @@ def test_a_comparison_that_was_interrupted_goes_on(finished, tmp_path):
 
 
 def test_a_signal_stops_a_comparison_and_says_how_to_go_on(finished, tmp_path, monkeypatch):
-    def killed(**settings):
-        if settings["config"].pruning.enable:
+    def killed(run, *arguments):
+        if run.config.pruning.enable:
             os.kill(os.getpid(), signal.SIGTERM)
-        return prune_opd_step(**settings)
+        return prune_opd_step(run, *arguments)
 
     config = load_config(RECIPE, [*SMALL, "training.steps=2", "pruning.w_drop=0.5"])
     again = {"arms": ["opd", "prune"], "seeds": (1,), "output_dir": tmp_path / "out", "console": quiet()}

@@ -15,10 +15,10 @@ import torch
 from prune_opd.core.head import OutputHead, differentiable_head_statistics
 from prune_opd.rollout.base import rollout_uniforms
 from prune_opd.rollout.local import LocalSampler
-from prune_opd.step import prune_opd_step
 from prune_opd.teachers.local import LocalTeacher
-from prune_opd.training.trainer import build_optimizer, build_window
+from prune_opd.training.build import build_optimizer, build_window
 from tests.families import EOS, PAD, VOCAB, tiny_model, tiny_prompts
+from tests.steps import step_of
 from tests.test_step import IN_FLIGHT, by_hand, config_of, gradients, related
 
 DEVICE = "cuda"
@@ -83,7 +83,7 @@ def test_a_step_is_the_method(settings):
     config = config_of(**settings)
     before = tiny_model("qwen3", seed=3)
     student = copy.deepcopy(before).to(DEVICE).train()
-    result = prune_opd_step(
+    result = step_of(
         step=0,
         prompts=tiny_prompts(),
         student=student,
@@ -113,7 +113,7 @@ def test_a_step_by_ligers_kernel_is_the_same_step():
     for liger in (False, True):
         config = config_of(**{"model.liger_head": liger})
         student = tiny_model("qwen3", seed=3).to(DEVICE).train()
-        result = prune_opd_step(
+        result = step_of(
             step=0,
             prompts=tiny_prompts(),
             student=student,

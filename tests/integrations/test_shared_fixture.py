@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from prune_opd.core.window import TrainingWindow
-from prune_opd.step import prune_opd_step
-from prune_opd.training.trainer import build_optimizer, build_window
+from prune_opd.training.build import build_optimizer, build_window
 from tests import engines_fixture as fixture
 from tests.families import VOCAB
+from tests.steps import step_of
 from tests.test_step import config_of
 
 
@@ -52,7 +52,7 @@ def test_our_step():
     optimizer, window = build_optimizer(student, config)[0], build_window(config)
     for number, step in enumerate(fixture.engine_steps()):
         assert window.length == step.window_before
-        result = prune_opd_step(
+        result = step_of(
             step=number,
             prompts=step.rollouts.prompts,
             student=student,

@@ -20,11 +20,11 @@ from prune_opd.errors import ConfigError
 from prune_opd.integrations.trl import WINDOW_FILE, PruneDistillationTrainer
 from prune_opd.models.causal_lm import output_head, packed_states
 from prune_opd.models.packing import pack
-from prune_opd.step import prune_opd_step
 from prune_opd.teachers.local import LocalTeacher
-from prune_opd.training.trainer import build_optimizer, build_window
+from prune_opd.training.build import build_optimizer, build_window
 from prune_opd.types import TopK
 from tests.families import VOCAB
+from tests.steps import step_of
 from tests.test_step import config_of, related, tiny_model
 
 STEPS, BATCH, LENGTH = 5, 4, 16
@@ -139,7 +139,7 @@ def test_five_steps_are_five_of_ours(tmp_path, in_flight, accumulation):
     windows = []
     for step, (batch, row) in enumerate(zip(batches, logged, strict=True)):
         rollouts = batch.rollouts
-        result = prune_opd_step(
+        result = step_of(
             step=step,
             prompts=rollouts.prompts,
             student=student,

@@ -50,13 +50,14 @@ with warnings.catch_warnings():
 from prune_opd.config import PruningSection, load_config
 from prune_opd.errors import CheckpointError, ConfigError, EngineError, NonFiniteError
 from prune_opd.models.loading import load_tokenizer
-from prune_opd.step import StepResult, prune_opd_step
+from prune_opd.step import StepResult
 from prune_opd.teachers.local import LocalTeacher
-from prune_opd.training.trainer import build_optimizer, build_window
+from prune_opd.training.build import build_optimizer, build_window
 from prune_opd.types import TeacherScores
 from tests import engines_fixture as fixture
 from tests.engines_fixture import OBJECTIVE, PRUNING, TOP_K
 from tests.families import EOS, PAD, VOCAB
+from tests.steps import step_of
 from tests.test_step import config_of
 
 ROLLOUTS = 4
@@ -150,7 +151,7 @@ def our_steps() -> tuple[OurStep, ...]:
     window, steps = build_window(config), []
     for number, step in enumerate(fixture.engine_steps()):
         trained = copy.deepcopy(student).train()
-        result = prune_opd_step(
+        result = step_of(
             step=number,
             prompts=step.rollouts.prompts,
             student=trained,

@@ -15,14 +15,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prune_opd import step
 from prune_opd.models.causal_lm import output_head
 from prune_opd.rollout.local import LocalSampler
-from prune_opd.step import prune_opd_step
 from prune_opd.teachers import local
 from prune_opd.teachers.local import LocalTeacher
-from prune_opd.training.trainer import build_optimizer, build_window
+from prune_opd.training.build import build_optimizer, build_window
+from prune_opd.update import losses
 from tests.families import EOS, PAD, VOCAB, tiny_model, tiny_prompts
+from tests.steps import step_of
 from tests.test_step import IN_FLIGHT, M, config_of
 from tests.update.test_correction import CAP
 
@@ -75,7 +75,7 @@ def counted_step(prompts=None, *, another_policy=False, **settings):
         model.base_model.register_forward_pre_hook(body.count, with_kwargs=True)
     optimizer = build_optimizer(student, config)[0]
     with HeadProducts() as products:
-        result = prune_opd_step(
+        result = step_of(
             step=0,
             prompts=prompts or tiny_prompts(),
             student=student,
@@ -157,7 +157,7 @@ def test_a_stop_in_flight_spares_both_models_their_work():
 def test_peak_memory_grows_by_far_less_than_the_vocabulary_a_token(monkeypatch):
     """Four times as many tokens: full logits would take 4 · V bytes more for each, and their gradient as much again."""
     vocab = 8192
-    for module, name in ((step, "candidate_logprobs"), (local, "head_statistics")):
+    for module, name in ((losses, "candidate_logprobs"), (local, "head_statistics")):
         monkeypatch.setattr(module, name, partial(getattr(module, name), chunk_bytes=2**19))
     student = tiny_model("qwen3", seed=3)
     student.resize_token_embeddings(vocab, mean_resizing=False)
@@ -166,7 +166,7 @@ def test_peak_memory_grows_by_far_less_than_the_vocabulary_a_token(monkeypatch):
         model = copy.deepcopy(student).train()
         config = config_of(**{"training.micro_batch_tokens": 10**6})
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            result = prune_opd_step(
+            result = step_of(
                 step=0,
                 prompts=[[5, 6]] * rollouts,
                 student=model,

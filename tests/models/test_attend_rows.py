@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prune_opd.models import causal_lm as modeling
-from prune_opd.models.causal_lm import PACKED_ATTENTION, attended_by, in_window, seen_columns
+from prune_opd.models.causal_lm import PACKED_ATTENTION, in_window, seen_columns, use_attention
 from prune_opd.models.kernels.attend_one import HEAD_SIZES
 from prune_opd.models.kernels.attend_rows import _kernels, attend_rows
 from tests.families import tiny_model
@@ -173,7 +173,7 @@ def test_models_attend_by_it_in_compiled_code(family, checkpointing, monkeypatch
 def test_states_of_several_types_attend_otherwise(family, monkeypatch):
     """Under autocast values are bfloat16 beside queries and keys that rotation made float32."""
     model, (part, *_) = tiny_model(family, head_dim=16), packed([70, 30, 30, 5], long_rows=True)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), attended_by(model, PACKED_ATTENTION):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), use_attention(model, PACKED_ATTENTION):
         want = modeling.packed_states(model, part)
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         got = modeling.packed_states(model, part)

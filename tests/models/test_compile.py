@@ -40,10 +40,10 @@ def steps(*, compile: bool) -> list[dict[str, float]]:
 
     from prune_opd.models.kernels import attend_one, attend_rows
     from prune_opd.rollout.local import LocalSampler
-    from prune_opd.step import prune_opd_step
     from prune_opd.teachers.local import LocalTeacher
-    from prune_opd.training.trainer import build_optimizer
+    from prune_opd.training.build import build_optimizer
     from tests.families import EOS, PAD, VOCAB, tiny_model, tiny_prompts
+    from tests.steps import step_of
     from tests.test_step import IN_FLIGHT, config_of
 
     student, teacher = (tiny_model("qwen3", seed, head_dim=16) for seed in SEEDS)
@@ -59,7 +59,7 @@ def steps(*, compile: bool) -> list[dict[str, float]]:
     done, before = [], {name: kernel.cache_info().hits for name, kernel in kernels.items()}  # of other tests
     for step in range(STEPS):
         length = 16 + 5 * step
-        result = prune_opd_step(
+        result = step_of(
             step=step,
             prompts=tiny_prompts(),
             student=student,

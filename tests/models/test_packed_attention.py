@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prune_opd.models import causal_lm as modeling
-from prune_opd.models.causal_lm import PACKED_ATTENTION, attended_by, packed_states
+from prune_opd.models.causal_lm import PACKED_ATTENTION, packed_states, use_attention
 from prune_opd.models.packing import Packed, pack
 from tests.families import tiny_model
 from tests.models.test_packing import rollouts_of
@@ -21,7 +21,7 @@ def packed(lengths: list[int], **settings) -> list[Packed]:
 def states_and_gradients(model, parts: list[Packed], attention: str, loss) -> list[torch.Tensor]:
     """Hidden states of the response tokens, and the gradient of `loss` of them in each parameter."""
     model.zero_grad()
-    with attended_by(model, attention):
+    with use_attention(model, attention):
         states = torch.cat([packed_states(model, part)[part.row, part.column] for part in parts])
         loss(states).backward()
     return [states.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
@@ -54,6 +54,6 @@ def test_queries_do_not_meet_the_keys_behind_them(monkeypatch):
         return attention(module, query, key, *others, **settings)
 
     monkeypatch.setattr(modeling, "sdpa_attention_forward", count)
-    with attended_by(model, PACKED_ATTENTION):
+    with use_attention(model, PACKED_ATTENTION):
         packed_states(model, part)
     assert sum(products) == 2 * 64 * 64 * 5 / 8

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prune_opd.models import slot_cache as slots
-from prune_opd.models.causal_lm import attended_by, output_head
+from prune_opd.models.causal_lm import output_head, use_attention
 from prune_opd.models.slot_cache import SLOT_ATTENTION, slot_attention
 from prune_opd.rollout.base import rollout_uniforms
 from prune_opd.rollout.local import LocalSampler
@@ -101,11 +101,11 @@ def test_a_forward_that_knows_nothing_of_slots_is_as_before(family):
     mask = (ids != PAD).long()
     with torch.no_grad():
         want, padded = model(ids).logits, model(ids, attention_mask=mask).logits
-        with attended_by(model, SLOT_ATTENTION):
+        with use_attention(model, SLOT_ATTENTION):
             assert model.config._attn_implementation == SLOT_ATTENTION
             torch.testing.assert_close(model(ids).logits, want)
             torch.testing.assert_close(model(ids, attention_mask=mask).logits[mask.bool()], padded[mask.bool()])
         assert model.config._attn_implementation == "sdpa"
-        with pytest.raises(RuntimeError), attended_by(model, SLOT_ATTENTION):
+        with pytest.raises(RuntimeError), use_attention(model, SLOT_ATTENTION):
             raise RuntimeError
     assert model.config._attn_implementation == "sdpa"

@@ -60,7 +60,7 @@ def test_the_probe_tells_a_pair_that_agrees_from_one_that_does_not():
 
 
 def test_a_probe_compiles_nothing(monkeypatch):
-    for module in ("sampling.local", "teachers.local"):
+    for module in ("rollout.local", "teachers.local"):
         monkeypatch.setattr(f"prune_opd.{module}.compiled", lambda _: pytest.fail("compiled"))
     assert "agreement, student's text" in findings("model.compile=true", prompts=1)
 

@@ -115,6 +115,13 @@ def hover(browser, element) -> None:
     ActionChains(browser).move_to_element(element).perform()
 
 
+def until(browser, condition) -> None:
+    """The browser delivers the pointer's events after `perform` has returned when the machine is busy."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(browser, 10).until(lambda _: condition())
+
+
 # ---- what the page shows ----
 
 
@@ -175,7 +182,7 @@ def test_hover_shows_the_candidates_of_both_models(comparison, page):
     panel = browser.find_element("id", "token")
     assert not panel.is_displayed()
     hover(browser, browser.find_element("css selector", f".tokens span[data-t='{t}']"))
-    assert panel.is_displayed()
+    until(browser, panel.is_displayed)
     for side in ("student", "teacher"):
         cells = browser.execute_script(
             "return Array.from(document.querySelectorAll(`#token .${arguments[0]} tbody tr`), "
@@ -189,7 +196,7 @@ def test_hover_shows_the_candidates_of_both_models(comparison, page):
         assert len(marked) == len(shared)
     assert f"weight {record['weight'][t]}" in panel.text and f"{record['shared'][t]} of 8 shared" in panel.text
     hover(browser, browser.find_element("css selector", "h1"))
-    assert not panel.is_displayed()
+    until(browser, lambda: not panel.is_displayed())
 
 
 def test_a_tap_and_the_arrow_keys_show_them_too(comparison, page):

@@ -33,8 +33,8 @@ def step(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     real = trainer_module.prune_opd_step
 
-    def spy(**arguments):
-        results.append(real(**arguments))
+    def spy(*arguments):
+        results.append(real(*arguments))
         return results[-1]
 
     patch.setattr(trainer_module, "prune_opd_step", spy)

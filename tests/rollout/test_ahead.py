@@ -34,9 +34,9 @@ def run(folder, monkeypatch, *settings: str):
     trainer, weights, results = trainer_in(folder, *settings), [], []
     step = trainer_module.prune_opd_step
 
-    def watched(**arguments):
+    def watched(*arguments):
         weights.append(copy.deepcopy(trainer.student.state_dict()))
-        results.append(step(**arguments))
+        results.append(step(*arguments))
         return results[-1]
 
     monkeypatch.setattr(trainer_module, "prune_opd_step", watched)

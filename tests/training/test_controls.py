@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from prune_opd.training.controls import LengthSchedule, linear_ramp, random_tokens
+from prune_opd.core.window import LengthSchedule
+from prune_opd.experiments.arms import linear_ramp
+from prune_opd.update.weights import random_tokens
 from tests.test_step import gradients, run_step
 
 ROWS = range(4)
@@ -56,7 +58,7 @@ def test_a_step_trains_on_the_drawn_tokens_alone(monkeypatch):
     assert half.rollouts.lengths.tolist() == whole.rollouts.lengths.tolist(), "responses are not cut"
     count = int(mask.sum())
     rest = (gradients(all_tokens) * count - gradients(some) * 40) / (count - 40)
-    monkeypatch.setattr("prune_opd.step.random_tokens", lambda *args, **kwargs: mask.float() - drawn)
+    monkeypatch.setattr("prune_opd.update.weights.random_tokens", lambda *args, **kwargs: mask.float() - drawn)
     _, _, others = run_step(**off, **{"control.kept_tokens": [40] * 203})
     torch.testing.assert_close(gradients(others), rest, rtol=1e-3, atol=1e-5)
 

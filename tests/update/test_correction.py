@@ -8,8 +8,8 @@ import dataclasses
 import pytest
 import torch
 
+from prune_opd.reporting.metrics import metrics_of
 from prune_opd.rollout.local import LocalSampler
-from prune_opd.training.trainer import metrics_of
 from tests.core import reference
 from tests.families import EOS, PAD, VOCAB, tiny_model
 from tests.test_step import config_of, gradients, related, run_step

@@ -11,6 +11,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
+SAFE_SHARE = 0.9
+"""A threshold is safe if it leaves at least this share of the responses that should not be cut reliable to the end."""
+
 
 @dataclass(frozen=True)
 class DriftReport:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from jaxtyping import Int
 
 
@@ -91,3 +93,42 @@ class TrainingWindow:
                 "this state belongs to other window settings"
             )
         self.length, self.misses = int(state["length"]), int(state["misses"])
+
+
+class LengthSchedule:
+    """Stands in for `TrainingWindow` with lengths that were fixed beforehand, in tokens, one for each step.
+
+    After the last of them the length stays. `update` ignores drift, and reports as hits the rollouts that were reliable
+    to the very end.
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths, self.steps_done = list(lengths), 0
+
+    @property
+    def length(self) -> int:
+        """The length of the step that comes next."""
+        return self.lengths[min(self.steps_done, len(self.lengths) - 1)]
+
+    @property
+    def hit_length(self) -> int:
+        """A rollout hits when its effective length is at least this many tokens."""
+        return self.length
+
+    def update(self, effective_length: Tensor) -> WindowChange:
+        """See `TrainingWindow.update`; effective_length (B,)."""
+        return self.steer((effective_length >= self.hit_length).double().mean().item())
+
+    def steer(self, hit_ratio: float) -> WindowChange:
+        """See `TrainingWindow.steer`."""
+        previous = self.length
+        self.steps_done += 1
+        return WindowChange(previous, self.length, hit_ratio, misses=0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes over time; the lengths come from the recipe."""
+        return {"steps_done": self.steps_done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        self.steps_done = int(state["steps_done"])

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prune_opd.distributed.world import ALONE, World, whole
+from prune_opd.distributed.world import ALONE, World, full_tensor
 from prune_opd.errors import ModelError
 from prune_opd.models.causal_lm import output_head
 
@@ -40,6 +40,7 @@ def launched() -> Iterator[World]:
         dist.init_process_group("gloo")
     try:
         yield World(dist.get_rank(), dist.get_world_size())
+        dist.barrier()  # a rank that leaves early closes connections that others still use
     finally:
         dist.destroy_process_group()
 
@@ -52,7 +53,7 @@ def shard(student: Any) -> None:
 
     Each decoder layer is gathered when its forward and backward need it, so all ranks must run as many of them
     (`World.even`). Embeddings and final norm belong to the body. The head is used outside of any forward
-    (core/head.py): it stays a DTensor that `whole` puts together. Gradients are summed, not averaged, since the loss
+    (core/head.py): it stays a DTensor that `full_tensor` gathers. Gradients are summed, not averaged, since the loss
     has a global denominator.
     Raises ModelError for a model whose layers transformers does not name.
     """
@@ -94,7 +95,7 @@ def whole_weights(student: torch.nn.Module, world: World) -> dict[str, Tensor]:
     with torch.no_grad():
         for value in named.values():
             if id(value) not in found:
-                gathered = whole(value.detach())
+                gathered = full_tensor(value.detach())
                 found[id(value)] = gathered.cpu() if world.rank == 0 else gathered.new_empty(0)
     return {name: found[id(value)] for name, value in named.items()} if world.rank == 0 else {}
 

@@ -37,7 +37,7 @@ class World:
         """Over the ranks, in their order."""
         return sum(self.gather(value))
 
-    def in_order(self, numbers: Sequence[int], values: Tensor) -> Tensor:
+    def gather_rollouts(self, numbers: Sequence[int], values: Tensor) -> Tensor:
         """What the ranks have of a step's rollouts (B, ...), on the CPU, as one process would: in ascending order."""
         if self.size == 1:
             return values
@@ -45,7 +45,7 @@ class World:
         order = torch.tensor([number for of_rank, _ in parts for number in of_rank]).argsort()
         return torch.cat([of_rank for _, of_rank in parts])[order]
 
-    def share(self, costs: Sequence[float]) -> list[int]:
+    def partition(self, costs: Sequence[float]) -> list[int]:
         """Which items are this rank's, in ascending order: every rank gets about the same cost.
 
         The costliest first, each to the rank that has least so far (Graham's LPT rule: at most 4/3 of the best).
@@ -87,7 +87,7 @@ class World:
 ALONE = World()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor (DTensor) put together on every rank, any other as it is.
 
     The gradients that arrive at the whole tensor on the ranks add up, and each rank keeps its shard of the sum.

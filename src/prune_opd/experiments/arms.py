@@ -17,7 +17,6 @@ from typing import Any
 from prune_opd.config import Config
 from prune_opd.errors import CheckpointError, ConfigError, RunLogError
 from prune_opd.reporting.run_logs import read_lines, trained
-from prune_opd.training.controls import linear_ramp
 from prune_opd.training.files import read_json
 
 PRUNE = {"pruning.enable": True, "pruning.reweight": True, "pruning.in_flight.enable": False}
@@ -149,3 +148,8 @@ def _each_step(found: dict[int, int], steps: int) -> list[int]:
         last = found.get(step, last)
         numbers.append(last)
     return numbers
+
+
+def linear_ramp(start: int, end: int, steps: int) -> list[int]:
+    """`steps` lengths from `start` to `end`, both included, in equal increments rounded to whole tokens."""
+    return [round(start + (end - start) * i / max(steps - 1, 1)) for i in range(steps)]

@@ -22,7 +22,7 @@ from prune_opd.evaluation.evaluate import Evaluation, evaluate
 from prune_opd.models import loading as models
 from prune_opd.reporting.console import duration
 from prune_opd.rollout.local import LocalSampler
-from prune_opd.training.trainer import environment
+from prune_opd.training.build import environment
 
 ANSWERS_PER_SLOT = 2  # sampled in one go: more fills the slots better at its end, fewer show progress more often
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal

@@ -21,11 +21,10 @@ from rich.table import Table
 from torch import Tensor
 
 from prune_opd.config import Config, PruningSection, parse_config
-from prune_opd.core.drift import drift_report
+from prune_opd.core.drift import SAFE_SHARE, drift_report
 from prune_opd.core.window import TrainingWindow
 from prune_opd.errors import ConfigError, RunLogError
 from prune_opd.reporting.drift_log import LoggedStep, read_drift
-from prune_opd.training.calibration import SAFE_SHARE
 
 SHORT_NAMES = {"overlap_ratio": "overlap", "overlap_mass": "mass", "teacher_top_p_accept": "nucleus"}
 

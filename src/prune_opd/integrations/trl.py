@@ -13,9 +13,9 @@
     )
 
 TRL keeps its own: prompts, batches, `generate`, optimiser, logging, checkpoints. Ours are the teacher's scores, the
-weights, the loss (`step.loss_sums`), the window, and the stop in flight. The student's top-k is kept as it samples, by
-a logits processor, so there is no pass of the student's in between; `max_new_tokens` is the window; a stopping
-criterion lets the teacher read along.
+weights, the loss (`update.losses.loss_sums`), the window, and the stop in flight. A logits processor keeps the
+student's top-k as it samples, so that no second pass of the student is needed; `max_new_tokens` is the window; a
+stopping criterion lets the teacher score each rollout while it is generated.
 
 Not here: vLLM generation and tools (TRL gives no log-probabilities with either), images, and sharded models.
 """
@@ -39,16 +39,16 @@ from prune_opd.config import ObjectiveSection, PruningSection
 from prune_opd.core.drift import DriftReport, drift_report
 from prune_opd.core.window import TrainingWindow
 from prune_opd.errors import ConfigError
-from prune_opd.models.causal_lm import packed_states
+from prune_opd.models.causal_lm import output_head, packed_states
 from prune_opd.models.loading import check_token_maps, shared_vocab_size
 from prune_opd.models.packing import pack
 from prune_opd.reporting.metrics import distillation_metrics
 from prune_opd.rollout.events import drift_events
 from prune_opd.rollout.in_flight import InFlightStop, audited
-from prune_opd.step import from_hidden, loss_sums
 from prune_opd.teachers.local import LocalTeacher
 from prune_opd.timing import Stopwatch
 from prune_opd.types import Rollouts, Span, TeacherScores, TopK
+from prune_opd.update.losses import loss_sums, student_terms
 
 WINDOW_FILE = "prune_opd_window.json"
 
@@ -273,17 +273,17 @@ class PruneDistillationTrainer(DistillationTrainer):
         loss = torch.zeros((), device=mask.device)
         for part in pack(mine, token_budget=mask.numel() + sum(map(len, mine.prompts))):
             hidden = packed_states(unwrapped_student, part)[part.row, part.column]
-            found = from_hidden(
-                unwrapped_student,
+            terms = student_terms(
+                output_head(unwrapped_student),
                 hidden,
-                self.shared_vocab,
+                part,
                 batch.rollouts,
                 batch.scores,
-                part,
                 self.teacher,
                 self.objective,
+                vocab_size=self.shared_vocab,
             )
-            sums, _ = loss_sums(*found, batch.rollouts, batch.scores, batch.weight, None, part, self.objective)
+            sums, _ = loss_sums(terms, part, batch.scores, batch.weight, None, self.objective)
             loss = loss + sums.loss
         tokens = mine.response_mask.sum()
         assert batch.rollouts.student is not None

@@ -67,13 +67,12 @@ from verl.workers.utils.padding import no_padding_2_padding
 from prune_opd.config import Config, ObjectiveSection, PruningSection, RepetitionSection, parse_config
 from prune_opd.core.drift import drift_report, repetition_events
 from prune_opd.core.objective import topk_reverse_kl_terms
-from prune_opd.core.window import TrainingWindow
+from prune_opd.core.window import LengthSchedule, TrainingWindow
 from prune_opd.errors import CheckpointError, ConfigError, EngineError, NonFiniteError
 from prune_opd.rollout.events import drift_events
 from prune_opd.rollout.in_flight import InFlightStop
 from prune_opd.timing import Stopwatch
-from prune_opd.training.controls import LengthSchedule
-from prune_opd.training.trainer import build_window
+from prune_opd.training.build import build_window
 from prune_opd.types import Span, TeacherScores, TopK
 
 REVERSE_KL, FORWARD_KL = "prune_opd", "prune_opd_forward_kl"

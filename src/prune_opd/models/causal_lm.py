@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from prune_opd.core.head import OutputHead
-from prune_opd.distributed.world import whole
+from prune_opd.distributed.world import full_tensor
 from prune_opd.errors import ModelError
 from prune_opd.models.kernels.attend_one import HEAD_SIZES
 from prune_opd.models.kernels.attend_rows import attend_rows, attends_rows
@@ -127,8 +127,8 @@ def output_head(model: torch.nn.Module) -> OutputHead:
     config = causal_lm.config.get_text_config()
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
-    bias = None if linear.bias is None else whole(linear.bias)
-    head = OutputHead(whole(linear.weight), bias, scale=scale, softcap=softcap)
+    bias = None if linear.bias is None else full_tensor(linear.bias)
+    head = OutputHead(full_tensor(linear.weight), bias, scale=scale, softcap=softcap)
     if causal_lm not in _verified:
         _verify(causal_lm, head, name)
         _verified.add(causal_lm)
@@ -226,7 +226,7 @@ AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
 
 
 @contextmanager
-def attended_by(model: torch.nn.Module, attention: str) -> Iterator[None]:
+def use_attention(model: torch.nn.Module, attention: str) -> Iterator[None]:
     """Forwards of `model` attend by what is registered with transformers under this name, where they would by `sdpa`.
 
     With gradient checkpointing the backward is a forward too and belongs inside.

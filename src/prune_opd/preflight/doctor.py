@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from prune_opd.config import Config
-from prune_opd.core.drift import drift_report
+from prune_opd.core.drift import SAFE_SHARE, drift_report
 from prune_opd.data.source import DatasetSource, held_out_prompts, training_prompts
 from prune_opd.errors import ModelError, PruneOPDError
 from prune_opd.models import loading as models
@@ -30,7 +30,6 @@ from prune_opd.teachers.local import LocalTeacher
 from prune_opd.teachers.served import ServedTeacher
 from prune_opd.training.build import build_sampler, build_teacher
 from prune_opd.training.calibration import (
-    SAFE_SHARE,
     Written,
     largest_safe_threshold,
     share_whole,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prune_opd.config import RepetitionSection
+from prune_opd.config import Config, RepetitionSection
 from prune_opd.core.drift import repetition_events
 from prune_opd.core.objective import LOGPROB_FLOOR, group_advantage
 from prune_opd.core.overlap import overlap_mass, topk_overlap
+from prune_opd.step import StepResult
 from prune_opd.types import Rollouts, TeacherScores
 
 
@@ -115,3 +117,47 @@ def repetition_rate(response_ids: Tensor, mask: Tensor, *, n: int = 8) -> float:
         grams = [tuple(ids[i : i + n]) for i in range(valid - n + 1)]
         repeated, total = repeated + len(grams) - len(set(grams)), total + len(grams)
     return repeated / total if total else 0.0
+
+
+def metrics_of(result: StepResult, config: Config) -> dict[str, Any]:
+    """The metrics record of one step; keys are listed in docs/metrics.md."""
+    rollouts, scores, drift, change = result.rollouts, result.scores, result.drift, result.window
+    lengths, effective = rollouts.lengths, drift.effective_length.double()
+    budget = config.rollout.max_completion_length
+    cap = change.previous_length if change else budget
+    unfinished = ~rollouts.finished
+    trained = int(lengths.sum())
+    record = {
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "prune_opd/current_max_response_length": cap,
+        "prune_opd/next_max_response_length": change.length if change else cap,
+        "prune_opd/effective_response_length_mean": effective.mean().item(),
+        "prune_opd/effective_response_length_max": effective.max().item(),
+        "prune_opd/effective_response_length_min": effective.min().item(),
+        "prune_opd/effective_response_length_p90": effective.quantile(0.9).item(),
+        "prune_opd/loss_weight_mean": (result.weight.sum() / trained).item(),
+        **distillation_metrics(rollouts, scores),
+        **engine_metrics(rollouts, result.trainer_logprobs),
+        "completions/mean_length": lengths.double().mean().item(),
+        "completions/eos_rate": rollouts.finished.double().mean().item(),
+        "completions/clipped_ratio": (unfinished & ~rollouts.stopped).double().mean().item(),
+        "completions/repetition_rate": repetition_rate(rollouts.response_ids, rollouts.response_mask),
+        "tokens/generated": rollouts.generated,
+        "tokens/scored": scores.scored,
+        "tokens/trained": trained,
+        "tokens/update_padding": result.padding / result.packed_tokens,
+        # Upper bounds: a rollout that was cut might have ended by itself before the whole budget was used.
+        "tokens/saved": int((budget - lengths)[unfinished].sum()),
+        "tokens/saved_by_stops": int((cap - lengths)[rollouts.stopped].sum()),
+        "rollout/slot_occupancy": rollouts.generated / max(rollouts.slot_steps, 1),
+        **{f"time/{name}": seconds for name, seconds in result.seconds.items()},
+    }
+    if change:
+        record["prune_opd/effective_response_length_hit_ratio"] = change.hit_ratio
+    if result.rewards is not None:
+        record |= reward_metrics(result.rewards, config.rollout.num_generations)
+    if result.spent_at is not None:
+        guard = config.pruning.repetition
+        record |= stop_metrics(rollouts, result.events, result.audit, result.spent_at, guard)
+    return record

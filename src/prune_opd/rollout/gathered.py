@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prune_opd.distributed.world import whole
+from prune_opd.distributed.world import full_tensor
 from prune_opd.rollout.base import Watcher
 from prune_opd.rollout.local import LocalSampler
 from prune_opd.types import Rollouts
@@ -40,7 +40,7 @@ class WholeWeightsSampler:
     ) -> Rollouts:
         """See `Sampler.sample`."""
         with torch.no_grad():
-            gathered = {id(p): whole(p.detach()) for p in self.student.parameters()}
+            gathered = {id(p): full_tensor(p.detach()) for p in self.student.parameters()}
         self._assign(gathered)
         try:
             return self.sampler.sample(

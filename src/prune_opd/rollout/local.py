@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prune_opd.core.head import OutputHead
-from prune_opd.models.causal_lm import attended_by, compiled, hidden_states, output_head
+from prune_opd.models.causal_lm import compiled, hidden_states, output_head, use_attention
 from prune_opd.models.slot_cache import SLOT_ATTENTION, SlotCache
 from prune_opd.rollout.base import Watcher
 from prune_opd.types import Rollouts, Span, TopK
@@ -132,7 +132,7 @@ class LocalSampler:
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad(), attended_by(self.model, SLOT_ATTENTION):
+            with torch.no_grad(), use_attention(self.model, SLOT_ATTENTION):
                 decode = _Decode(self, prompts, uniforms, temperature, top_p, top_k, watcher)
                 decode.run()
         finally:

@@ -40,7 +40,7 @@ def sample_rollouts(
 ) -> Sampled:
     """This rank's share of a step's rollouts, of at most `max_length` tokens."""
     rollout, pruning, top_k, seed = config.rollout, config.pruning, config.objective.top_k, config.training.seed
-    numbers = world.share([len(prompt) + max_length for prompt in prompts])
+    numbers = world.partition([len(prompt) + max_length for prompt in prompts])
     prompts = [prompts[number] for number in numbers]
     audit = audited(seed, step, numbers, pruning.in_flight.audit_share)
     in_flight = None

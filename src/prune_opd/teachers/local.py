@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 from prune_opd.core.head import OutputHead, head_statistics
 from prune_opd.models.causal_lm import (
     PACKED_ATTENTION,
-    attended_by,
     attends_packed_rows,
     compiled,
     hidden_states,
     output_head,
     packed_states,
+    use_attention,
 )
 from prune_opd.models.packing import Packed, pack
 from prune_opd.models.slot_cache import SLOT_ATTENTION, SlotCache
@@ -65,7 +65,7 @@ class LocalTeacher:
             self.write(scores, hidden, part.rollout, part.position, rollouts.response_ids, rollouts.student)
 
     def _packed_states(self, part: Packed) -> Tensor:
-        with attended_by(self.model, PACKED_ATTENTION):
+        with use_attention(self.model, PACKED_ATTENTION):
             return self.packed_states(self.model, part)[part.row, part.column]
 
     def write(
@@ -165,7 +165,7 @@ class LocalStream:
         ]
         row, column, rollout, position = torch.tensor(new, device=device).unbind(-1)
         forward = hidden_states if self.cache.empty else self.teacher.hidden_states
-        with attended_by(self.teacher.model, SLOT_ATTENTION):
+        with use_attention(self.teacher.model, SLOT_ATTENTION):
             hidden = forward(self.teacher.model, inputs)[row, column]
         self.teacher.write(scores, hidden, rollout, position, response_ids, student)
 

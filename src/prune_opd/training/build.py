@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import random
+import shlex
+import sys
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prune_opd.config import Config
+from prune_opd.core.window import LengthSchedule, TrainingWindow
+from prune_opd.distributed.world import ALONE, World
 from prune_opd.errors import EngineError, ModelError
 from prune_opd.models import loading as models
 from prune_opd.models.loading import read_model_config
+from prune_opd.rollout.ahead import RolloutsAhead
 from prune_opd.rollout.base import Sampler
 from prune_opd.rollout.local import LocalSampler
 from prune_opd.rollout.served import ServedSampler
 from prune_opd.rollout.vllm import VLLMSampler
 from prune_opd.serving.client import Servers
+from prune_opd.step import Run
 from prune_opd.teachers.base import Teacher
 from prune_opd.teachers.local import LocalTeacher
 from prune_opd.teachers.served import ServedTeacher
 from prune_opd.training.files import read_json, write_json
+from prune_opd.update.student_update import StudentUpdate
+from prune_opd.update.weights import token_weights
 
 TEACHER_PROBE = "teacher_probe.json"
 
@@ -136,3 +150,75 @@ def remember_teacher(teacher: Teacher, run_dir: Path) -> None:
     """Write down how a served teacher scored its probe, so that a resumed run notices another one."""
     if isinstance(teacher, ServedTeacher):
         write_json(run_dir / TEACHER_PROBE, {"logprobs": teacher.fingerprint})
+
+
+def build_window(config: Config) -> TrainingWindow | LengthSchedule | None:
+    """What sets the response length of each step; None when it is fixed."""
+    if config.control.lengths:
+        return LengthSchedule(config.control.lengths)
+    if not config.window_is_dynamic:
+        return None
+    return TrainingWindow(**config.pruning.dynamic_response_length.model_dump(exclude={"enable"}))
+
+
+def build_optimizer(
+    model: torch.nn.Module, config: Config
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """AdamW over what requires a gradient; linear warm-up, then constant or linear to zero."""
+    training = config.training
+    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]  # norms and biases do not decay
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": training.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=training.learning_rate,
+        betas=(training.adam_beta1, training.adam_beta2),
+        fused=True,
+    )
+
+    def factor(step: int) -> float:
+        if step < training.warmup_steps:
+            return (step + 1) / training.warmup_steps
+        if training.lr_scheduler_type == "constant":
+            return 1.0
+        return max(0.0, (training.steps - step) / (training.steps - training.warmup_steps))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators that libraries draw from; sampling has its own numbers (`rollout_uniforms`)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a number depends on besides the recipe."""
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        **{name: version(name) for name in ("prune-opd", "torch", "transformers", "tokenizers", "safetensors")},
+    }
+
+
+def build_run(
+    config: Config,
+    *,
+    student: torch.nn.Module,
+    sampler: Sampler,
+    teacher: Teacher,
+    optimizer: torch.optim.Optimizer,
+    window: TrainingWindow | LengthSchedule | None,
+    vocab_size: int,
+    world: World = ALONE,
+    ahead: RolloutsAhead | None = None,
+) -> Run:
+    """What the step works with. vocab_size: ids that student and teacher share."""
+    update = StudentUpdate(
+        config, student=student, teacher=teacher, optimizer=optimizer, vocab_size=vocab_size, world=world
+    )
+    return Run(config, sampler, teacher, token_weights(config, world), window, update, world, ahead)

@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prune_opd.config import Config, PruningSection
-from prune_opd.core.drift import drift_report
+from prune_opd.core.drift import SAFE_SHARE, drift_report
 from prune_opd.core.head import head_statistics
 from prune_opd.core.overlap import overlap_mass, topk_overlap
 from prune_opd.errors import ModelError
-from prune_opd.models.causal_lm import PACKED_ATTENTION, attended_by, output_head, packed_states
+from prune_opd.models.causal_lm import PACKED_ATTENTION, output_head, packed_states, use_attention
 from prune_opd.models.loading import end_ids
 from prune_opd.models.packing import pack
 from prune_opd.rollout.base import Sampler, rollout_uniforms
@@ -34,9 +34,6 @@ from prune_opd.types import Rollouts, TopK
 
 CALIBRATION = "calibration.json"
 CALIBRATION_STREAM = 4  # of random numbers; 0 to 3 are training, evaluation, audits and the random control
-
-SAFE_SHARE = 0.9
-"""A threshold is safe if it leaves at least this share of the responses that should not be cut reliable to the end."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +102,7 @@ def candidates_along(
     head, was_training = output_head(model), model.training
     model.eval()
     for part in pack(rollouts, token_budget):
-        with attended_by(model, PACKED_ATTENTION):
+        with use_attention(model, PACKED_ATTENTION):
             hidden = packed_states(model, part)[part.row, part.column]
         statistics = head_statistics(hidden, head, top_k=top_k, vocab_size=vocab_size)
         where = part.rollout, part.position

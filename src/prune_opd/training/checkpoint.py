@@ -28,11 +28,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from prune_opd.config import Config
-from prune_opd.core.window import TrainingWindow
+from prune_opd.core.window import LengthSchedule, TrainingWindow
 from prune_opd.distributed import sharding as distributed
 from prune_opd.distributed.world import ALONE, World
 from prune_opd.errors import CheckpointError, NonFiniteError, StorageError
-from prune_opd.training.controls import LengthSchedule
 from prune_opd.training.files import storage_errors, sync, write_json
 
 # What may differ between the run that saved and the run that resumes; anything else would be another experiment.

@@ -6,25 +6,18 @@ import contextlib
 import functools
 import gc
 import os
-import platform
-import random
-import shlex
-import sys
 import time
 import warnings
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from prune_opd.config import Config
 from prune_opd.core.overlap import shared_candidates
-from prune_opd.core.window import TrainingWindow
 from prune_opd.data.source import DatasetSource, held_out_prompts, training_prompts
 from prune_opd.distributed import sharding as distributed
 from prune_opd.distributed.merging import merged
@@ -35,11 +28,7 @@ from prune_opd.models import loading as models
 from prune_opd.reporting.console import step_view
 from prune_opd.reporting.drift_log import drift_record
 from prune_opd.reporting.metrics import (
-    distillation_metrics,
-    engine_metrics,
-    repetition_rate,
-    reward_metrics,
-    stop_metrics,
+    metrics_of,
 )
 from prune_opd.reporting.model_card import model_card
 from prune_opd.reporting.rollout_log import rollout_record
@@ -55,7 +44,16 @@ from prune_opd.rollout.student_copy import StudentCopy
 from prune_opd.step import StepResult, prune_opd_step
 from prune_opd.teachers.local import LocalTeacher
 from prune_opd.timing import Stopwatch
-from prune_opd.training.build import build_sampler, build_teacher, remember_teacher
+from prune_opd.training.build import (
+    build_optimizer,
+    build_run,
+    build_sampler,
+    build_teacher,
+    build_window,
+    environment,
+    remember_teacher,
+    seed_everything,
+)
 from prune_opd.training.calibration import CALIBRATION, calibrate, with_known_threshold
 from prune_opd.training.checkpoint import (
     Totals,
@@ -70,7 +68,6 @@ from prune_opd.training.checkpoint import (
     save_checkpoint,
     tidy,
 )
-from prune_opd.training.controls import LengthSchedule
 from prune_opd.training.faults import SPIKE, USUAL_AFTER, running_norm, write_skipped
 from prune_opd.training.files import (
     append_json,
@@ -167,6 +164,17 @@ class Trainer:
             if config.rollout.ahead:
                 self.ahead = RolloutsAhead(student_copy, self._sample_ahead, steps=config.training.steps)
         self.optimizer, self.schedule = build_optimizer(self.student, config)
+        self.run = build_run(
+            config,
+            student=self.student,
+            sampler=self.rollout_sampler,
+            teacher=self.teacher,
+            optimizer=self.optimizer,
+            window=self.window,
+            vocab_size=self.vocab_size,
+            world=world,
+            ahead=self.ahead,
+        )
         self.totals, self.steps_done = Totals(), 0
         self.unlogged: dict[str, Any] | None = None  # the record of a step whose evaluation a signal cut off
 
@@ -311,20 +319,8 @@ class Trainer:
         began, processor_began = time.perf_counter(), time.process_time()
         prompts = self._prompts_of(step)
         try:
-            result = prune_opd_step(
-                step=step,
-                prompts=[prompt.token_ids for prompt in prompts],
-                student=self.student,
-                sampler=self.rollout_sampler,
-                teacher=self.teacher,
-                optimizer=self.optimizer,
-                window=self.window,
-                vocab_size=self.vocab_size,
-                config=self.config,
-                reward=functools.partial(self._rewards, prompts) if self.reward else None,
-                world=self.world,
-                ahead=self.ahead,
-            )
+            reward = functools.partial(self._rewards, prompts) if self.reward else None
+            result = prune_opd_step(self.run, step, [prompt.token_ids for prompt in prompts], reward)
         except NonFiniteError as error:
             return self._skip(step, prompts, error, began)
         self.schedule.step()
@@ -568,100 +564,3 @@ class Trainer:
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
         for log in self.trackers:
             log(numbers, record["step"])
-
-
-def metrics_of(result: StepResult, config: Config) -> dict[str, Any]:
-    """The metrics record of one step; keys are listed in docs/metrics.md."""
-    rollouts, scores, drift, change = result.rollouts, result.scores, result.drift, result.window
-    lengths, effective = rollouts.lengths, drift.effective_length.double()
-    budget = config.rollout.max_completion_length
-    cap = change.previous_length if change else budget
-    unfinished = ~rollouts.finished
-    trained = int(lengths.sum())
-    record = {
-        "loss": result.loss,
-        "grad_norm": result.grad_norm,
-        "prune_opd/current_max_response_length": cap,
-        "prune_opd/next_max_response_length": change.length if change else cap,
-        "prune_opd/effective_response_length_mean": effective.mean().item(),
-        "prune_opd/effective_response_length_max": effective.max().item(),
-        "prune_opd/effective_response_length_min": effective.min().item(),
-        "prune_opd/effective_response_length_p90": effective.quantile(0.9).item(),
-        "prune_opd/loss_weight_mean": (result.weight.sum() / trained).item(),
-        **distillation_metrics(rollouts, scores),
-        **engine_metrics(rollouts, result.trainer_logprobs),
-        "completions/mean_length": lengths.double().mean().item(),
-        "completions/eos_rate": rollouts.finished.double().mean().item(),
-        "completions/clipped_ratio": (unfinished & ~rollouts.stopped).double().mean().item(),
-        "completions/repetition_rate": repetition_rate(rollouts.response_ids, rollouts.response_mask),
-        "tokens/generated": rollouts.generated,
-        "tokens/scored": scores.scored,
-        "tokens/trained": trained,
-        "tokens/update_padding": result.padding / result.packed_tokens,
-        # Upper bounds: a rollout that was cut might have ended by itself before the whole budget was used.
-        "tokens/saved": int((budget - lengths)[unfinished].sum()),
-        "tokens/saved_by_stops": int((cap - lengths)[rollouts.stopped].sum()),
-        "rollout/slot_occupancy": rollouts.generated / max(rollouts.slot_steps, 1),
-        **{f"time/{name}": seconds for name, seconds in result.seconds.items()},
-    }
-    if change:
-        record["prune_opd/effective_response_length_hit_ratio"] = change.hit_ratio
-    if result.rewards is not None:
-        record |= reward_metrics(result.rewards, config.rollout.num_generations)
-    if result.spent_at is not None:
-        guard = config.pruning.repetition
-        record |= stop_metrics(rollouts, result.events, result.audit, result.spent_at, guard)
-    return record
-
-
-def build_window(config: Config) -> TrainingWindow | LengthSchedule | None:
-    """What sets the response length of each step; None when it is fixed."""
-    if config.control.lengths:
-        return LengthSchedule(config.control.lengths)
-    if not config.window_is_dynamic:
-        return None
-    return TrainingWindow(**config.pruning.dynamic_response_length.model_dump(exclude={"enable"}))
-
-
-def build_optimizer(
-    model: torch.nn.Module, config: Config
-) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """AdamW over what requires a gradient; linear warm-up, then constant or linear to zero."""
-    training = config.training
-    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]  # norms and biases do not decay
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": training.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=training.learning_rate,
-        betas=(training.adam_beta1, training.adam_beta2),
-        fused=True,
-    )
-
-    def factor(step: int) -> float:
-        if step < training.warmup_steps:
-            return (step + 1) / training.warmup_steps
-        if training.lr_scheduler_type == "constant":
-            return 1.0
-        return max(0.0, (training.steps - step) / (training.steps - training.warmup_steps))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the generators that libraries draw from; sampling has its own numbers (`rollout_uniforms`)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a number depends on besides the recipe."""
-    return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": str(device),
-        **{name: version(name) for name in ("prune-opd", "torch", "transformers", "tokenizers", "safetensors")},
-    }

@@ -12,7 +12,13 @@ from prune_opd.errors import NonFiniteError
 from prune_opd.types import Rollouts, TeacherScores
 
 
-def check_student(step: int, numbers: Sequence[int], rollouts: Rollouts, world: World) -> None:
+def check_finite(step: int, numbers: Sequence[int], rollouts: Rollouts, scores: TeacherScores, world: World) -> None:
+    """NonFiniteError where student or teacher said NaN or infinite numbers on kept tokens; on all ranks alike."""
+    _check_student(step, numbers, rollouts, world)
+    _check_teacher(step, numbers, rollouts, scores, world)
+
+
+def _check_student(step: int, numbers: Sequence[int], rollouts: Rollouts, world: World) -> None:
     """NonFiniteError with the rollouts whose student top-k (B, T, K) has NaN on a kept token; on all ranks alike.
 
     One NaN or +inf among the logits of a position makes all its log-probabilities NaN, so the top-k shows it. -inf is
@@ -24,7 +30,7 @@ def check_student(step: int, numbers: Sequence[int], rollouts: Rollouts, world: 
     _refuse(step, "student", bad & rollouts.response_mask, numbers, rollouts, world)
 
 
-def check_teacher(step: int, numbers: Sequence[int], rollouts: Rollouts, scores: TeacherScores, world: World) -> None:
+def _check_teacher(step: int, numbers: Sequence[int], rollouts: Rollouts, scores: TeacherScores, world: World) -> None:
     """The same for the teacher: NaN or +inf at its top-k, the student's candidates or the sampled token."""
     topk = scores.topk.logprobs
     bad = ~topk[..., 0].isfinite()
