@@ -130,13 +130,13 @@ def attention_of_rows(repeats: int, rows: int = 5, heads: int = 4, size: int = 3
         states = [torch.randn(rows, length, heads, size).transpose(1, 2).requires_grad_() for _ in range(3)]
         rollout = torch.arange(len(rollouts)).repeat_interleave(torch.tensor(rollouts))
         begin = torch.searchsorted(rollout, rollout).int()  # rollouts without a prompt that others share
-        sees = begin[None, :, None].expand(rows, -1, 3)
-        seen = seen_columns(sees)[:, None]
+        key_ranges = begin[None, :, None].expand(rows, -1, 3)
+        seen = seen_columns(key_ranges)[:, None]
         gradient = torch.randn(rows, length, heads, size)
         arms = {
             "sdpa": lambda q, k, v, m=seen: scaled_dot_product_attention(q, k, v, attn_mask=m).transpose(1, 2),
             "in blocks": lambda q, k, v, m=seen: packed_attention(module, q, k, v, m)[0],
-            "attend_rows": lambda q, k, v, s=sees: attend_rows(q, k, v, s, size**-0.5),
+            "attend_rows": lambda q, k, v, s=key_ranges: attend_rows(q, k, v, s, size**-0.5),
         }
         taken: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
         for repeat in range(5 * repeats + 3):

@@ -10,8 +10,12 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -28,18 +32,21 @@ FAMILIES = {
     "gemma2": (Gemma2Config, Gemma2ForCausalLM, SLIDING | {"attn_implementation": "eager"}),  # soft-capped scores
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, SLIDING),
 }
+MORE_FAMILIES = {  # whose configuration has fields that the others lack
+    "granite": (GraniteConfig, GraniteForCausalLM, {}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"head_dim": 8}),
+}
 
 
 def tiny_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """Two layers, grouped keys, logits spread widely enough that sampling is no coin toss."""
-    config, model, extra = FAMILIES[family]
+    config, model, extra = (FAMILIES | MORE_FAMILIES)[family]
     torch.manual_seed(seed)
     return model(
         config(
             vocab_size=VOCAB,
             hidden_size=32,
             intermediate_size=64,
-            num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=256,
@@ -47,7 +54,7 @@ def tiny_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
             eos_token_id=EOS,
             bos_token_id=None,
             initializer_range=0.3,
-            **(extra | changes),
+            **({"num_hidden_layers": 2} | extra | changes),
         )
     ).eval()
 

@@ -31,8 +31,8 @@ def problem(rows=2, shared=2, group=2, size=32, prompts=((3, 12, 5), (9, 8)), wi
         start = len(columns)
         columns += [(number, None, position, (start, start, start)) for position in range(prompt)]
         for rollout, response in enumerate(responses):
-            sees = len(columns), start, start + prompt
-            columns += [(number, rollout, prompt + position, sees) for position in range(response)]
+            key_ranges = len(columns), start, start + prompt
+            columns += [(number, rollout, prompt + position, key_ranges) for position in range(response)]
     seen = torch.tensor(
         [
             [
@@ -42,20 +42,20 @@ def problem(rows=2, shared=2, group=2, size=32, prompts=((3, 12, 5), (9, 8)), wi
             for number, rollout, position, _ in columns
         ]
     )
-    sees = torch.tensor([sees for *_, sees in columns], dtype=torch.int32)
-    sees = in_window(sees[None], torch.tensor([[position for _, _, position, _ in columns]]), window)
+    key_ranges = torch.tensor([key_ranges for *_, key_ranges in columns], dtype=torch.int32)
+    key_ranges = in_window(key_ranges[None], torch.tensor([[position for _, _, position, _ in columns]]), window)
     states = [
         torch.randn(rows, length, heads, size, generator=generator, dtype=torch.float64).transpose(1, 2)
         for heads in (shared * group, shared, shared)
     ]
     gradient = torch.randn(rows, length, shared * group, size, generator=generator, dtype=torch.float64)
-    return states, sees.expand(rows, -1, -1), seen.expand(rows, -1, -1), gradient
+    return states, key_ranges.expand(rows, -1, -1), seen.expand(rows, -1, -1), gradient
 
 
-def by_kernel(states, sees, _seen, gradient):
+def by_kernel(states, key_ranges, _seen, gradient):
     """(output, gradients of query, key and value)"""
     states = [state.float().requires_grad_() for state in states]
-    out = attend_rows(*states, sees, SCALE)
+    out = attend_rows(*states, key_ranges, SCALE)
     return out.detach(), *torch.autograd.grad(out, states, gradient.float())
 
 
@@ -133,18 +133,18 @@ def test_other_rollouts_of_a_row_are_not_read():
 @pytest.mark.parametrize("wrong", [(21, 0, 3), (-1, -1, -1), (15, 0, 16), (15, 3, 0)], ids=str)
 def test_a_column_that_sees_what_it_must_not_stops_the_program(wrong):
     """Or memory that is not the row's would be read."""
-    states, sees, seen, gradient = problem()
-    sees = sees.clone()
-    sees[1, 20] = torch.tensor(wrong, dtype=torch.int32)
+    states, key_ranges, seen, gradient = problem()
+    key_ranges = key_ranges.clone()
+    key_ranges[1, 20] = torch.tensor(wrong, dtype=torch.int32)
     with pytest.raises(AssertionError, match="sees what lies behind it"):
-        by_kernel(states, sees, seen, gradient)
+        by_kernel(states, key_ranges, seen, gradient)
 
 
 def test_it_is_an_operator_that_the_compiler_can_trust():
     """Schema, shapes of its outputs, no hidden aliasing, a gradient that can be traced."""
-    states, sees, *_ = problem(rows=1, shared=1, group=1, size=16, prompts=((2, 3),))
+    states, key_ranges, *_ = problem(rows=1, shared=1, group=1, size=16, prompts=((2, 3),))
     states = [state.float().requires_grad_() for state in states]
-    torch.library.opcheck(torch.ops.prune_opd.attend_rows.default, (*states, sees, SCALE))
+    torch.library.opcheck(torch.ops.prune_opd.attend_rows.default, (*states, key_ranges, SCALE))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
@@ -187,12 +187,14 @@ def test_where_it_has_no_code_rows_attend_otherwise(change, monkeypatch):
     module = torch.nn.Module()
     for changed in (False, True):
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda changed=changed: not (changed and change == "eager"))
-        states, sees, seen, _ = problem(group=1, size=24 if changed and change == "size" else 32)
+        states, key_ranges, seen, _ = problem(group=1, size=24 if changed and change == "size" else 32)
         dtype = torch.float64 if changed and change == "double" else torch.float32
         settings = {"dropout": 1e-9 if changed and change == "dropout" else 0.0, "scaling": SCALE}
         if changed and change == "bias":
             settings["position_bias"] = torch.zeros(1, 1, *seen.shape[1:])
-        got, _ = modeling.packed_attention(module, *(state.to(dtype) for state in states), sees[:, None], **settings)
+        got, _ = modeling.packed_attention(
+            module, *(state.to(dtype) for state in states), key_ranges[:, None], **settings
+        )
         want = defined_attention(*states, seen[:, None], SCALE)
         torch.testing.assert_close(got, want.to(dtype), rtol=1e-4, atol=1e-5)
         assert len(used) == 1, "used in the first round alone"

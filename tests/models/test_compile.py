@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from torch._inductor import cpp_builder
 
 from prune_opd.config import parse_config
 from prune_opd.errors import ConfigError, ModelError
-from prune_opd.models.causal_lm import check_compiler
+from prune_opd.models.causal_lm import COMPILED_VARIANTS, check_compiler, compiled
 
 RECIPE = {"model": {"model_name_or_path": "a", "teacher_model_name_or_path": "b"}, "data": {"train": "task:chain_sum"}}
 STEPS, SLOTS = 3, 4
@@ -145,3 +147,26 @@ def test_sharded_weights_are_refused():
     settings["training"] = {"parallel": "fsdp2"}
     with pytest.raises(ConfigError, match=r"model\.compile.*fsdp2"):
         parse_config(settings, where="recipe")
+
+
+def test_settings_of_the_compiler_are_those_of_compiled_calls_alone(monkeypatch):
+    """In any thread, and only there: torch keeps them for each thread, so setting them once would not do."""
+
+    def settings() -> tuple[object, ...]:
+        dynamo = torch._dynamo.config
+        return dynamo.recompile_limit, dynamo.specialize_float, torch.fx.experimental._config.use_duck_shape
+
+    seen = []
+
+    def backend(graph, _inputs, **_options):
+        seen.append(settings())
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    before, function = settings(), compiled.__wrapped__(lambda x, factor: factor * x)
+    threads = [Thread(target=function, args=(torch.ones(2), factor)) for factor in (2.0, 3.0)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    assert seen == [(COMPILED_VARIANTS, True, False)] * 2
+    assert settings() == before != seen[0]

@@ -40,7 +40,7 @@ def test_each_kept_token_is_predicted_once_from_its_prompt_and_what_was_said_bef
     for part in pack(rollouts, budget, long_rows=long_rows):
         rows, width = part.input_ids.shape
         assert width <= max(longest, budget if long_rows else 0) and (rows == 1 or rows * width <= budget)
-        seen = seen_columns(part.sees)
+        seen = seen_columns(part.key_ranges)
         assert seen.diagonal(dim1=1, dim2=2).all()
         for r, c, b, t in zip(*(x.tolist() for x in (part.row, part.column, part.rollout, part.position)), strict=True):
             before = [*rollouts.prompts[b], *rollouts.response_ids[b, :t].tolist()]

@@ -6,9 +6,10 @@ product, so the head is read from the configuration and then held against the mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from itertools import pairwise
 from typing import Any
 from weakref import WeakSet
@@ -46,28 +47,35 @@ def hidden_states(model: torch.nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, of models and tensors, by torch.compile, once for all batch sizes and lengths.
+    """Compile `function`, of models and tensors, once for all batch sizes and lengths.
 
-    The first call of each kind takes 10 to 60 s. The Python of a model's layers and most of its small operations go.
+    The first call of each kind takes 10 to 60 s. Student and teacher share the function, so all of dynamo's guards are
+    kept: two models of the same shapes may differ in nothing but a field of their configuration.
     """
-    torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
-    torch.fx.experimental._config.use_duck_shape = False  # or sizes that agree by chance would be taken for one
-    torch._dynamo.config.specialize_float = True  # settings of a run: as inputs they would be tensors at each call
-    return torch.compile(function, dynamic=True, options={"guard_filter_fn": _guards, "size_asserts": False})
+    run = torch.compile(function, dynamic=True)
+
+    @wraps(function)
+    def call(*args: Any, **settings: Any) -> Any:
+        dynamo, shapes = _compiler_settings(function, threading.get_ident())
+        with dynamo, shapes:  # at each call, since any call may compile
+            return run(*args, **settings)
+
+    return call
 
 
-def _guards(entries: Sequence[Any]) -> list[bool]:
-    """Which conditions on a compiled function are checked at each call: values and tensors.
+@cache
+def _compiler_settings(function: Callable[..., Any], thread: int) -> tuple[Any, Any]:
+    """The compiler's settings for calls of `function`; nobody else's code sees them.
 
-    Not a model's configuration, nor which attributes its objects, classes and modules have: those stay, and to look
-    would take a twentieth of a small decode step.
+    A patch keeps what it replaced, so two threads must not share one. It is made once: making one at each call took a
+    tenth of a compiled step.
     """
-    return [
-        ".config" not in entry.name
-        and not entry.name.startswith(("G[", "type(", "dict(type("))  # globals and classes
-        and entry.guard_type not in ("EMPTY_NN_MODULE_HOOKS_DICT", "NOT_PRESENT_IN_GENERIC_DICT", "HASATTR")
-        for entry in entries
-    ]
+    dynamo = torch._dynamo.config.patch(
+        recompile_limit=COMPILED_VARIANTS,
+        specialize_float=True,  # settings of a run and a model: as inputs they would be tensors at each call
+    )
+    # Sizes that agree by chance would be compiled as one, and again when they no longer agree.
+    return dynamo, torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
 
 
 def check_compiler(device: torch.device) -> None:
@@ -140,8 +148,8 @@ def packed_states(model: torch.nn.Module, part: Packed) -> Tensor:
     by_kernel = attends_packed_rows(model, compile=torch.compiler.is_compiling())
 
     def mask(window: int | None) -> Tensor:
-        sees = part.sees if window is None else in_window(part.sees, part.position_ids, window)
-        return sees[:, None] if by_kernel else _as_mask(_causal_lm(model), seen_columns(sees))
+        key_ranges = part.key_ranges if window is None else in_window(part.key_ranges, part.position_ids, window)
+        return key_ranges[:, None] if by_kernel else _as_mask(_causal_lm(model), seen_columns(key_ranges))
 
     inputs = {
         "input_ids": part.input_ids,
@@ -167,19 +175,19 @@ def attends_packed_rows(model: torch.nn.Module, *, compile: bool) -> bool:
     )
 
 
-def in_window(sees: Tensor, position_ids: Tensor, window: int) -> Tensor:
-    """`Packed.sees` (R, L, 3) where no token sees further back than `window` tokens, itself included."""
-    begin, prompt_begin, prompt_end = sees.unbind(-1)
-    column = torch.arange(sees.shape[1], dtype=torch.int32, device=sees.device)
+def in_window(key_ranges: Tensor, position_ids: Tensor, window: int) -> Tensor:
+    """`Packed.key_ranges` (R, L, 3) where no token sees further back than `window` tokens, itself included."""
+    begin, prompt_begin, prompt_end = key_ranges.unbind(-1)
+    column = torch.arange(key_ranges.shape[1], dtype=torch.int32, device=key_ranges.device)
     first = (position_ids - window + 1).clamp(min=0).int()  # position that is seen
     prompt_begin = torch.minimum(prompt_begin + first, prompt_end)
     return torch.stack([torch.maximum(begin, column - window + 1), prompt_begin, prompt_end], dim=-1)
 
 
-def seen_columns(sees: Tensor) -> Tensor:
-    """`Packed.sees` (R, L, 3) as a mask (R, L, L) bool: whether a column, second axis, sees another, third axis."""
-    column = torch.arange(sees.shape[1], dtype=torch.int32, device=sees.device)
-    begin, prompt_begin, prompt_end = sees.unsqueeze(2).unbind(-1)
+def seen_columns(key_ranges: Tensor) -> Tensor:
+    """`Packed.key_ranges` (R, L, 3) as a mask (R, L, L) bool: whether a query, second axis, sees a key, third axis."""
+    column = torch.arange(key_ranges.shape[1], dtype=torch.int32, device=key_ranges.device)
+    begin, prompt_begin, prompt_end = key_ranges.unsqueeze(2).unbind(-1)
     response = (column >= begin) & (column <= column[:, None])
     return response | ((column >= prompt_begin) & (column < prompt_end))
 
@@ -190,16 +198,16 @@ def packed_attention(
     """What transformers' `sdpa` computes over the rows of `packed_states`: (R, L, heads, head size), with gradient.
 
     query (R, heads, L, head size) · key, value (R, shared heads, L, head size) · attention_mask (R, 1, L, L) bool, or
-    `Packed.sees` (R, 1, L, 3) int32, or None. No token sees a later one, but torch's kernel on a CPU multiplies with
-    all keys, whatever the mask says. So queries go in blocks, and each block reads the keys up to its own end: 5/8 of
-    the products. Compiled code has a kernel that leaves out all that is not seen.
+    `Packed.key_ranges` (R, 1, L, 3) int32, or None. torch's kernel on a CPU multiplies with all keys, whatever the mask
+    says. So queries go in blocks, and each block reads the keys up to its own end: 5/8 of the products. Compiled code
+    uses `attend_rows`, which reads the visible keys alone.
     """
     if attention_mask is not None and attention_mask.dtype == torch.int32:
-        sees = attention_mask[:, 0]
+        key_ranges = attention_mask[:, 0]
         if not others.get("dropout") and others.get("position_bias") is None and attends_rows(query, key, value):
             scale = query.shape[3] ** -0.5 if others.get("scaling") is None else others["scaling"]
-            return attend_rows(query, key, value, sees, scale), None
-        attention_mask = seen_columns(sees)[:, None]
+            return attend_rows(query, key, value, key_ranges, scale), None
+        attention_mask = seen_columns(key_ranges)[:, None]
     if attention_mask is None or others.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
     length = query.shape[2]

@@ -17,16 +17,16 @@ class Packed:
 
     A prompt stands once in a row, before all of its rollouts there.
 
-    input_ids, position_ids (R, L) int64; the positions of each rollout go on from those of its prompt · sees (R, L, 3)
-    int32, what a column sees: from column sees[0] to itself, the response so far, and before that from sees[1] up to,
-    but without, sees[2], its prompt. A prompt's own columns and padding have no such prompt · row, column (N,): where
-    the hidden state stands that predicts a kept token · rollout, position (N,): which token (b, t) that is · padding:
-    columns that hold nothing.
+    input_ids, position_ids (R, L) int64; the positions of a rollout follow those of its prompt · key_ranges (R, L, 3)
+    int32: the query at column c attends to columns key_ranges[0] to c, its own response, and to columns key_ranges[1]
+    up to, but without, key_ranges[2], its prompt; a prompt's columns and padding have no such second range · row,
+    column (N,): where the hidden state stands that predicts a kept token · rollout, position (N,): which token (b, t)
+    that is · padding: columns that hold nothing.
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    sees: Tensor
+    key_ranges: Tensor
     row: Tensor
     column: Tensor
     rollout: Tensor
@@ -90,7 +90,7 @@ def _packed(rollouts: Rollouts, rows: Sequence[Sequence[Sequence[int]]], width: 
     device, responses = rollouts.response_ids.device, rollouts.response_ids.cpu()
     input_ids = torch.zeros(len(rows), width, dtype=torch.long)
     position_ids = torch.zeros_like(input_ids)
-    sees = torch.arange(width, dtype=torch.int32)[:, None].repeat(len(rows), 1, 3)  # padding sees itself
+    key_ranges = torch.arange(width, dtype=torch.int32)[:, None].repeat(len(rows), 1, 3)  # padding sees itself
     places: list[Tensor] = []
     padding = 0
     for r, row in enumerate(rows):
@@ -100,18 +100,18 @@ def _packed(rollouts: Rollouts, rows: Sequence[Sequence[Sequence[int]]], width: 
             start, end = filled, filled + len(prompt)
             input_ids[r, start:end] = torch.tensor(prompt)
             position_ids[r, start:end] = torch.arange(len(prompt))
-            sees[r, start:end] = start
+            key_ranges[r, start:end] = start
             filled = end
             for b in group:
                 n = fed[b]
                 input_ids[r, filled : filled + n] = responses[b, :n]
                 position_ids[r, filled : filled + n] = torch.arange(len(prompt), len(prompt) + n)
-                sees[r, filled : filled + n] = torch.tensor([filled, start, end], dtype=torch.int32)
+                key_ranges[r, filled : filled + n] = torch.tensor([filled, start, end], dtype=torch.int32)
                 t = torch.arange(n + 1)
                 column = torch.cat([torch.tensor([end - 1]), t[:-1] + filled])  # the prompt predicts the first token
                 places.append(torch.stack([torch.full_like(t, r), column, torch.full_like(t, b), t]))
                 filled += n
         padding += width - filled
     row_of, column, rollout, position = torch.cat(places, dim=-1).to(device)
-    inputs = input_ids.to(device), position_ids.to(device), sees.to(device)
+    inputs = input_ids.to(device), position_ids.to(device), key_ranges.to(device)
     return Packed(*inputs, row_of, column, rollout, position, padding)

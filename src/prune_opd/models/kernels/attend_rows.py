@@ -23,33 +23,38 @@ def attends_rows(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return query.shape[2] == key.shape[2] and has_code_for(query, key, value)
 
 
-def attend_rows(query: Tensor, key: Tensor, value: Tensor, sees: Tensor, scale: float) -> Tensor:
+def attend_rows(query: Tensor, key: Tensor, value: Tensor, key_ranges: Tensor, scale: float) -> Tensor:
     """softmax(scale · q kᵀ) v over the columns that each query sees: (R, L, heads, size) float32, with gradient.
 
-    query (R, heads, L, size) float32 · key, value (R, shared heads, L, size) float32 · sees (R, L, 3) int32 as in
+    query (R, heads, L, size) float32 · key, value (R, shared heads, L, size) float32 · key_ranges (R, L, 3) int32 as in
     `Packed`.
     """
-    return torch.ops.prune_opd.attend_rows(query, key, value, sees, scale)[0]
+    return torch.ops.prune_opd.attend_rows(query, key, value, key_ranges, scale)[0]
 
 
 torch.library.define(
     "prune_opd::attend_rows",
-    "(Tensor query, Tensor key, Tensor value, Tensor sees, float scale) -> (Tensor, Tensor)",
+    "(Tensor query, Tensor key, Tensor value, Tensor key_ranges, float scale) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "prune_opd::attend_rows_backward",
-    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor sees, Tensor out, Tensor log_z, float scale)"
+    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor key_ranges, Tensor out, Tensor log_z, float scale)"
     " -> (Tensor, Tensor, Tensor)",
 )
 
 
 @torch.library.impl("prune_opd::attend_rows", "CPU")
-def _forward(query: Tensor, key: Tensor, value: Tensor, sees: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    query, key, value, sees = _dense(query), _dense(key), _dense(value), sees.contiguous()
+def _forward(query: Tensor, key: Tensor, value: Tensor, key_ranges: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    query, key, value, key_ranges = _dense(query), _dense(key), _dense(value), key_ranges.contiguous()
     out, log_z = _empty_like(query).transpose(1, 2), query.new_empty(query.shape[:3])
-    assert sees.dtype == torch.int32
+    assert key_ranges.dtype == torch.int32
     in_order = _kernels(query.shape[3]).attend_rows(
-        *_pointers(query, key, value), sees.data_ptr(), out.data_ptr(), log_z.data_ptr(), *_sizes(query, key), scale
+        *_pointers(query, key, value),
+        key_ranges.data_ptr(),
+        out.data_ptr(),
+        log_z.data_ptr(),
+        *_sizes(query, key),
+        scale,
     )
     assert in_order, "a column sees what lies behind it, or a prompt behind its own rollout"
     return out, log_z
@@ -57,14 +62,21 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, sees: Tensor, scale: flo
 
 @torch.library.impl("prune_opd::attend_rows_backward", "CPU")
 def _backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, sees: Tensor, out: Tensor, log_z: Tensor, scale: float
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_ranges: Tensor,
+    out: Tensor,
+    log_z: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     query, key, value, grad = _dense(query), _dense(key), _dense(value), _dense(grad).transpose(1, 2)
-    sees, out, log_z = sees.contiguous(), out.contiguous(), log_z.contiguous()
+    key_ranges, out, log_z = key_ranges.contiguous(), out.contiguous(), log_z.contiguous()
     gradients = _empty_like(query), _empty_like(key), _empty_like(value)
     _kernels(query.shape[3]).attend_rows_backward(
         *_pointers(query, key, value),
-        *(tensor.data_ptr() for tensor in (sees, out, log_z)),
+        *(tensor.data_ptr() for tensor in (key_ranges, out, log_z)),
         *_pointers(grad),
         *(gradient.data_ptr() for gradient in gradients),
         *_sizes(query, key),
@@ -74,7 +86,7 @@ def _backward(
 
 
 @torch.library.register_fake("prune_opd::attend_rows")
-def _(query: Tensor, key: Tensor, value: Tensor, sees: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, key_ranges: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return _empty_like(query).transpose(1, 2), query.new_empty(query.shape[:3])
 
 
