@@ -66,7 +66,7 @@ def measure(recipe: Path, settings: dict[str, Any], repeats: int, folder: Path) 
     samples: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
     for repeat in range(repeats + 1):
         for arm, trainer in trainers.items():
-            trainer.student.load_state_dict(weights)
+            trainer.parts.student.load_state_dict(weights)
             record = trainer._step(repeat)
             if repeat:
                 samples[arm].append({name: record.get(name, 0.0) for name in QUANTITIES})

@@ -108,10 +108,10 @@ class Ours:
     def __init__(self, config: Config, folder: Path) -> None:
         self.trainer = Trainer(config, folder, console=Console(quiet=True))
         folder.mkdir(parents=True)  # as `train` would, for the logs of a step
-        self.initial = {name: value.clone() for name, value in self.trainer.student.state_dict().items()}
+        self.initial = {name: value.clone() for name, value in self.trainer.parts.student.state_dict().items()}
 
     def step(self, step: int) -> dict[str, float]:
-        self.trainer.student.load_state_dict(self.initial)
+        self.trainer.parts.student.load_state_dict(self.initial)
         clock = Clock()
         clock.start()
         record = self.trainer._step(step)
@@ -256,7 +256,7 @@ def run_case(student: str, teacher: str, args: argparse.Namespace, folder: Path)
     arms: dict[str, Ours | Peer] = {
         name: Ours(config.with_settings(**changes), folder / name) for name, changes in OURS.items()
     }
-    source = next(iter(arms.values())).trainer.prompts
+    source = next(iter(arms.values())).trainer.parts.prompts
     batches = [
         [prompt for prompt in source.batch(step, args.prompts) for _ in range(args.generations)]
         for step in range(steps)

@@ -131,7 +131,9 @@ def test_the_recipe_trains_and_drift_steers_its_window(pair, tmp_path):
         ],
     )
     trainer = Trainer(config, tmp_path / "run")
-    before = {name: weight.detach().clone() for name, weight in trainer.student.named_parameters() if ".5." in name}
+    before = {
+        name: weight.detach().clone() for name, weight in trainer.parts.student.named_parameters() if ".5." in name
+    }
     trainer.train()
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2, 3]
@@ -143,7 +145,7 @@ def test_the_recipe_trains_and_drift_steers_its_window(pair, tmp_path):
     # Twenty events end a rollout's reliability, and this student drifts at nearly every token.
     assert records[-1]["prune_opd/effective_response_length_min"] < windows[-1]
     assert records[-1]["prune_opd/loss_weight_mean"] < records[0]["prune_opd/loss_weight_mean"]
-    for name, weight in trainer.student.named_parameters():
+    for name, weight in trainer.parts.student.named_parameters():
         if name in before:
             assert not torch.equal(weight, before[name]), name
     shutil.rmtree(tmp_path / "run" / "checkpoints")  # over a gigabyte

@@ -35,7 +35,7 @@ from safetensors.torch import load_file
 from prune_opd.config import load_config
 from prune_opd.rollout.local import LocalSampler
 from prune_opd.rollout.vllm import VLLMSampler
-from prune_opd.training import trainer as trainer_module
+from prune_opd.training import held_out, run_directory
 from prune_opd.training.trainer import Trainer
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
@@ -101,9 +101,9 @@ def show_phases(board: Board) -> None:
 
     for sampler in (LocalSampler, VLLMSampler):
         wrap(sampler, "sample", "rollout")
-    wrap(trainer_module, "evaluate", "evaluation")
-    wrap(trainer_module, "save_checkpoint", "checkpoint")
-    wrap(trainer_module, "remove_old_checkpoints", "checkpoint")
+    wrap(held_out, "evaluate", "evaluation")
+    wrap(run_directory, "save_checkpoint", "checkpoint")
+    wrap(run_directory, "remove_old_checkpoints", "checkpoint")
 
 
 def watch_files(board: Board, run_dir: Path, moment: str) -> None:

@@ -50,7 +50,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     whole = trainer_in(folder / "whole")
     whole.train()
-    size = checkpoint_bytes(whole.student)
+    size = checkpoint_bytes(whole.parts.student)
     found = {}
 
     tiny = mount(folder / "tiny", size)

@@ -41,12 +41,12 @@ def spoil_teacher(trainer, value, field="candidate_logprobs"):
         tensor = scores.topk.logprobs if field == "topk" else getattr(scores, field)
         tensor[1, 0] = value
 
-    trainer.teacher.score = at_call(2, trainer.teacher.score, spoil)
+    trainer.run.teacher.score = at_call(2, trainer.run.teacher.score, spoil)
 
 
 def spoil_student(trainer, value):
     """While step 2 is sampled, one row of the student's output head is NaN or infinite, as weights that overflowed."""
-    sample, weight = trainer.sampler.sample, trainer.student.get_output_embeddings().weight
+    sample, weight = trainer.parts.sampler.sample, trainer.parts.student.get_output_embeddings().weight
     calls = []
 
     def wrapped(*args, **kwargs):
@@ -59,19 +59,19 @@ def spoil_student(trainer, value):
         finally:
             weight.data[5] = row
 
-    trainer.sampler.sample = wrapped
+    trainer.parts.sampler.sample = wrapped
 
 
 def spoil_gradient(trainer, value):
     """One entry of one gradient is NaN or infinite after the backward of step 2."""
-    parameter = next(iter(trainer.student.parameters()))
-    score, calls = trainer.teacher.score, []
+    parameter = next(iter(trainer.parts.student.parameters()))
+    score, calls = trainer.run.teacher.score, []
 
     def counted(*args, **kwargs):
         calls.append(1)
         return score(*args, **kwargs)
 
-    trainer.teacher.score = counted
+    trainer.run.teacher.score = counted
     parameter.register_hook(lambda gradient: gradient * value if len(calls) == 2 else gradient)
 
 
@@ -95,13 +95,15 @@ def test_a_step_with_nan_is_skipped_and_leaves_the_weights_alone(tmp_path, fault
     spoil(trainer, value)
     before = []
     take = trainer._skip
-    trainer._skip = lambda *a: before.append([p.detach().clone() for p in trainer.student.parameters()]) or take(*a)
+    trainer._skip = lambda *a: (
+        before.append([p.detach().clone() for p in trainer.parts.student.parameters()]) or take(*a)
+    )
     trainer.train()
     metrics = [r for r in rows(tmp_path / "run/metrics.jsonl") if r["step"] > 0]
     assert [("skipped" in r, r["skipped_steps"]) for r in metrics] == [(False, 0), (True, 1), (False, 1)]
     assert f"step 2: {words}" in metrics[1]["skipped"]
     after_step_1 = before[0]
-    assert all(p.isfinite().all() for p in trainer.student.parameters())
+    assert all(p.isfinite().all() for p in trainer.parts.student.parameters())
     assert all(a.isfinite().all() for a in after_step_1)
     kept = rows(tmp_path / "run/skipped.jsonl")
     assert {r["step"] for r in kept} == {2} and all(r["response_ids"] and r["prompt"] for r in kept)
@@ -120,9 +122,11 @@ def test_a_skipped_step_updates_nothing(tmp_path):
     two.train()
     one = trainer_in(tmp_path / "one", "training.steps=1")
     one.train()
-    assert all(torch.equal(a, b) for a, b in zip(one.student.parameters(), two.student.parameters(), strict=True))
-    assert one.window.state_dict() == two.window.state_dict()
-    states = (one.optimizer.state_dict()["state"], two.optimizer.state_dict()["state"])
+    assert all(
+        torch.equal(a, b) for a, b in zip(one.parts.student.parameters(), two.parts.student.parameters(), strict=True)
+    )
+    assert one.run.window.state_dict() == two.run.window.state_dict()
+    states = (one.parts.optimizer.state_dict()["state"], two.parts.optimizer.state_dict()["state"])
     assert all(torch.equal(states[0][i]["exp_avg"], states[1][i]["exp_avg"]) for i in states[0])
 
 
@@ -143,17 +147,17 @@ def test_too_many_skipped_steps_stop_the_run_and_count_across_a_resume(tmp_path)
 
 def test_weights_that_are_nan_are_never_saved(tmp_path):
     trainer = trainer_in(tmp_path / "run", "training.steps=2", "training.save_every=1")
-    step = trainer.optimizer.step
+    step = trainer.parts.optimizer.step
     done = []
 
     def spoil(*args, **kwargs):
         result = step(*args, **kwargs)
         done.append(1)
         if len(done) == 2:
-            next(iter(trainer.student.parameters())).data[0, 0] = math.nan
+            next(iter(trainer.parts.student.parameters())).data[0, 0] = math.nan
         return result
 
-    trainer.optimizer.step = spoil
+    trainer.parts.optimizer.step = spoil
     with pytest.raises(NonFiniteError, match="no checkpoint of it was written"):
         trainer.train()
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step_1"]
@@ -167,17 +171,17 @@ def test_forbidden_tokens_of_the_teacher_count_as_the_documented_floor(tmp_path)
         spoil_teacher(trainer, value)
         trainer.train()
         assert trainer.totals.skipped_steps == 0
-        weights.append(list(trainer.student.parameters()))
+        weights.append(list(trainer.parts.student.parameters()))
     plain = trainer_in(tmp_path / "plain", "training.steps=2")
     plain.train()
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(weights[0], plain.student.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(weights[0], plain.parts.student.parameters(), strict=True))
 
 
 def test_a_spike_of_the_gradient_norm_is_said(tmp_path):
     trainer = trainer_in(tmp_path / "run", "training.steps=1")
     for norm in [1.0] * 20 + [9.0, 1.0, 30.0]:
-        trainer._watch_norm(7, norm)
+        trainer.faults.watch_norm(7, norm)
     trainer.console.file.flush()
     said = (tmp_path / "said.txt").read_text()
     assert said.count("the gradient norm is") == 1 and "is 30, " in said

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from prune_opd.config import load_config
 from prune_opd.errors import RunInterrupted
-from prune_opd.training import trainer as trainer_module
+from prune_opd.training import held_out, run_directory
 from prune_opd.training.checkpoint import latest_checkpoint, step_of
 from prune_opd.training.trainer import Trainer
 
@@ -60,7 +60,7 @@ PROGRAM = "from prune_opd.cli import main; main()"
 
 
 def test_a_signal_cuts_an_evaluation_off_and_the_resume_does_it_again(tmp_path, monkeypatch, whole):
-    take = trainer_module.evaluate
+    take = held_out.evaluate
     calls = []
 
     def interrupted(*args, **kwargs):
@@ -69,19 +69,19 @@ def test_a_signal_cuts_an_evaluation_off_and_the_resume_does_it_again(tmp_path, 
             os.kill(os.getpid(), signal.SIGTERM)
         return take(*args, **kwargs)
 
-    monkeypatch.setattr(trainer_module, "evaluate", interrupted)
+    monkeypatch.setattr(held_out, "evaluate", interrupted)
     with pytest.raises(RunInterrupted, match="stopped after step 2 of 3, saved"):
         trainer_in(tmp_path / "run").train()
     assert '"step": 2' not in (tmp_path / "run/metrics.jsonl").read_text()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "the handler is put back"
-    monkeypatch.setattr(trainer_module, "evaluate", take)
+    monkeypatch.setattr(held_out, "evaluate", take)
     trainer_in(tmp_path / "run", resume="auto").train()
     assert difference(whole, outcome(tmp_path / "run")) is None
 
 
 def test_an_evaluation_that_was_made_up_for_is_logged_once(tmp_path, monkeypatch, whole):
     """Killed right after it was logged, before the next checkpoint."""
-    take, save = trainer_module.evaluate, trainer_module.save_checkpoint
+    take, save = held_out.evaluate, run_directory.save_checkpoint
     calls = []
 
     def interrupted(*args, **kwargs):
@@ -93,14 +93,14 @@ def test_an_evaluation_that_was_made_up_for_is_logged_once(tmp_path, monkeypatch
     def dies(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer_module, "evaluate", interrupted)
+    monkeypatch.setattr(held_out, "evaluate", interrupted)
     with pytest.raises(RunInterrupted):
         trainer_in(tmp_path / "run").train()
-    monkeypatch.setattr(trainer_module, "evaluate", take)
-    monkeypatch.setattr(trainer_module, "save_checkpoint", dies)
+    monkeypatch.setattr(held_out, "evaluate", take)
+    monkeypatch.setattr(run_directory, "save_checkpoint", dies)
     with pytest.raises(KeyboardInterrupt):
         trainer_in(tmp_path / "run", resume="auto").train()
-    monkeypatch.setattr(trainer_module, "save_checkpoint", save)
+    monkeypatch.setattr(run_directory, "save_checkpoint", save)
     trainer_in(tmp_path / "run", resume="auto").train()
     assert difference(whole, outcome(tmp_path / "run")) is None
 
@@ -108,8 +108,8 @@ def test_an_evaluation_that_was_made_up_for_is_logged_once(tmp_path, monkeypatch
 def test_a_second_signal_ends_at_once_and_what_is_there_can_be_resumed(tmp_path, whole):
     code = f"""
 import os, signal, sys
-from prune_opd.training import trainer
-take = trainer.save_checkpoint
+from prune_opd.training import run_directory
+take = run_directory.save_checkpoint
 def twice(*args, **kwargs):
     if kwargs["step"] == 2:
         replace = os.replace
@@ -119,7 +119,7 @@ def twice(*args, **kwargs):
             return replace(*a)
         os.replace = stop
     return take(*args, **kwargs)
-trainer.save_checkpoint = twice
+run_directory.save_checkpoint = twice
 {PROGRAM}
 """
     settings = [part for setting in SMALL for part in ("--set", setting)]

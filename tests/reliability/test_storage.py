@@ -71,7 +71,7 @@ def test_full_and_read_only_file_systems(tmp_path):
 def test_a_limit_on_file_size_keeps_the_checkpoint_before(tmp_path, share):
     """RLIMIT_FSIZE fails a write halfway, as a full disk does. In a forked process, since limits only go down."""
     trainer = trainer_in(tmp_path / "run")
-    weights = sum(p.nbytes for p in trainer.student.parameters())
+    weights = sum(p.nbytes for p in trainer.parts.student.parameters())
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -227,7 +227,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_the_estimate_is_the_size_of_a_checkpoint(whole):
     trainer = trainer_in(whole, "training.steps=3", resume="auto")
     real = sum(p.stat().st_size for p in (whole / "checkpoints/step_3").iterdir())
-    assert checkpoint_bytes(trainer.student) == pytest.approx(real, rel=0.1)
+    assert checkpoint_bytes(trainer.parts.student) == pytest.approx(real, rel=0.1)
 
 
 def test_keep_every_must_be_saved_at_all():

@@ -46,9 +46,9 @@ def step(tmp_path_factory):
 
 def record_of(step, row, **tracking):
     trainer, result = step
-    prompt = trainer.prompts.batch(0, 2)[row // 2]
+    prompt = trainer.parts.prompts.batch(0, 2)[row // 2]
     shared = shared_candidates(result.rollouts.student.ids, result.scores.topk.ids).sum(-1)
-    return rollout_record(result, row, prompt, shared, trainer.tokenizer, TrackingSection(**tracking))
+    return rollout_record(result, row, prompt, shared, trainer.parts.tokenizer, TrackingSection(**tracking))
 
 
 def test_a_record_is_what_the_step_saw(step):

@@ -35,7 +35,7 @@ def run(folder, monkeypatch, *settings: str):
     step = trainer_module.prune_opd_step
 
     def watched(*arguments):
-        weights.append(copy.deepcopy(trainer.student.state_dict()))
+        weights.append(copy.deepcopy(trainer.parts.student.state_dict()))
         results.append(step(*arguments))
         return results[-1]
 
@@ -49,9 +49,9 @@ def run(folder, monkeypatch, *settings: str):
 def test_rollouts_are_those_of_the_weights_one_update_ago(tmp_path, monkeypatch, in_flight):
     trainer, weights, results = run(tmp_path / "run", monkeypatch, "rollout.ahead=true", *in_flight)
     for step, result in enumerate(results):
-        policy = copy.deepcopy(trainer.student)
+        policy = copy.deepcopy(trainer.parts.student)
         policy.load_state_dict(weights[max(step - 1, 0)])
-        sampler = LocalSampler(policy, **{name: getattr(trainer.sampler, name) for name in ("pad_id", "eos_ids")})
+        sampler = LocalSampler(policy, **{name: getattr(trainer.parts.sampler, name) for name in ("pad_id", "eos_ids")})
         cap = trainer.config.pruning.dynamic_response_length.init_len if step == 0 else results[step - 1].window.length
         uniforms = rollout_uniforms(0, step, range(len(result.rollouts.prompts)), cap)
         want = sampler.sample(result.rollouts.prompts, uniforms, top_k=8).response_ids
@@ -61,7 +61,7 @@ def test_rollouts_are_those_of_the_weights_one_update_ago(tmp_path, monkeypatch,
             for b, prompt in enumerate(result.rollouts.prompts):
                 n = int(result.rollouts.lengths[b])
                 ids = torch.tensor([[*prompt, *result.rollouts.response_ids[b, :n].tolist()]])
-                logprobs = policy(ids).logits[0, len(prompt) - 1 : -1, : trainer.vocab_size].log_softmax(-1)
+                logprobs = policy(ids).logits[0, len(prompt) - 1 : -1, : trainer.run.update.vocab_size].log_softmax(-1)
                 said = logprobs.gather(-1, ids[0, len(prompt) :, None]).squeeze(-1)
                 torch.testing.assert_close(result.rollouts.sampled_logprobs[b, :n], said, atol=1e-4, rtol=0)
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0]), "nothing was learnt"
@@ -69,7 +69,7 @@ def test_rollouts_are_those_of_the_weights_one_update_ago(tmp_path, monkeypatch,
     gaps = [record["rollout/engine_kl"] for record in records if record["step"]]
     assert gaps[0] < 1e-6, "the first step's are of the policy that is trained"
     assert all(gap > 1e-4 for gap in gaps[1:])
-    assert trainer.ahead is not None and trainer.ahead.coming is None, "the last step begins on nothing"
+    assert trainer.run.ahead is not None and trainer.run.ahead.coming is None, "the last step begins on nothing"
 
 
 def test_without_an_update_nothing_differs(tmp_path, monkeypatch):

@@ -96,11 +96,11 @@ def test_rollouts_are_those_of_the_rounded_weights_and_training_goes_on_in_float
     trainer, weights, results = run(tmp_path / "run", monkeypatch, BF16, *ahead)
     assert evaluated.count(torch.bfloat16) == len(results) and torch.float32 in evaluated, "evaluation rounds nothing"
     for step, result in enumerate(results):
-        policy = copy.deepcopy(trainer.student)
+        policy = copy.deepcopy(trainer.parts.student)
         policy.load_state_dict(weights[max(step - 1, 0) if ahead else step])
-        own = gaps(policy, result.rollouts, trainer.vocab_size).median()
-        assert gaps(rounded(policy), result.rollouts, trainer.vocab_size).median() < 0.5 * own, step
-    assert {p.dtype for p in trainer.student.parameters()} == {torch.float32}
+        own = gaps(policy, result.rollouts, trainer.run.update.vocab_size).median()
+        assert gaps(rounded(policy), result.rollouts, trainer.run.update.vocab_size).median() < 0.5 * own, step
+    assert {p.dtype for p in trainer.parts.student.parameters()} == {torch.float32}
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0]), "nothing was learnt"
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["step"]]
@@ -114,14 +114,14 @@ def test_the_students_own_type_is_no_copy_and_changes_nothing(tmp_path, monkeypa
         load_config(RECIPE, ["rollout.dtype=float32"])
     same, _, with_it = run(tmp_path / "same", monkeypatch, "rollout.dtype=float32")
     _, _, without = run(tmp_path / "without", monkeypatch)
-    assert same.rollout_sampler is same.sampler
+    assert same.run.sampler is same.parts.sampler
     for one, other in zip(with_it, without, strict=True):
         assert torch.equal(one.rollouts.response_ids, other.rollouts.response_ids) and one.loss == other.loss
 
 
 def test_with_ahead_there_is_one_copy(tmp_path):
     trainer = trainer_in(tmp_path / "run", BF16, "rollout.ahead=true")
-    assert trainer.ahead is not None and trainer.ahead.student is trainer.rollout_sampler
+    assert trainer.run.ahead is not None and trainer.run.ahead.student is trainer.run.sampler
 
 
 def test_a_resumed_run_is_the_run_that_was_not_cut_off(tmp_path):

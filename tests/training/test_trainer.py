@@ -118,7 +118,7 @@ def test_lora_bf16_and_checkpointing_run(tmp_path):
         "training.bf16=true",
         "training.gradient_checkpointing=true",
     )
-    trained = {name for name, p in trainer.student.named_parameters() if p.requires_grad}
+    trained = {name for name, p in trainer.parts.student.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name for name in trained)
     run(tmp_path / "run", "training.steps=3", "model.lora.r=4", "training.bf16=true", resume="auto")
 
@@ -178,7 +178,7 @@ def test_a_padded_embedding_is_fine(tmp_path):
         model.get_input_embeddings().weight[-13:] = 9.0
     model.save_pretrained(student)
     trainer = run(tmp_path / "run", f"model.model_name_or_path={student}", "training.steps=1")
-    assert trainer.vocab_size == model.config.vocab_size - 13
+    assert trainer.run.update.vocab_size == model.config.vocab_size - 13
     run(tmp_path / "plain", "training.steps=1")
     assert records(tmp_path / "run", "drift.jsonl") == records(tmp_path / "plain", "drift.jsonl")
 

@@ -1,4 +1,4 @@
-"""The sampler and the teacher that a recipe names, checked before the first step."""
+"""The parts that a recipe names, one function each, checked before the first step."""
 
 from __future__ import annotations
 
@@ -7,35 +7,173 @@ import platform
 import random
 import shlex
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prune_opd.config import Config
 from prune_opd.core.window import LengthSchedule, TrainingWindow
+from prune_opd.data.source import DatasetSource, PromptSource, held_out_prompts, training_prompts
+from prune_opd.distributed import sharding as distributed
 from prune_opd.distributed.world import ALONE, World
 from prune_opd.errors import EngineError, ModelError
+from prune_opd.evaluation.evaluate import response_texts
 from prune_opd.models import loading as models
 from prune_opd.models.loading import read_model_config
+from prune_opd.rewards import GRADE, load_reward
 from prune_opd.rollout.ahead import RolloutsAhead
 from prune_opd.rollout.base import Sampler
+from prune_opd.rollout.gathered import WholeWeightsSampler
 from prune_opd.rollout.local import LocalSampler
+from prune_opd.rollout.sample import Sampled, sample_rollouts
 from prune_opd.rollout.served import ServedSampler
+from prune_opd.rollout.student_copy import StudentCopy
 from prune_opd.rollout.vllm import VLLMSampler
 from prune_opd.serving.client import Servers
 from prune_opd.step import Run
 from prune_opd.teachers.base import Teacher
 from prune_opd.teachers.local import LocalTeacher
 from prune_opd.teachers.served import ServedTeacher
+from prune_opd.timing import Stopwatch
+from prune_opd.training.calibration import calibrate, calibration_text
+from prune_opd.training.checkpoint import load_weights
 from prune_opd.training.files import read_json, write_json
+from prune_opd.types import Prompt, Rollouts
 from prune_opd.update.student_update import StudentUpdate
 from prune_opd.update.weights import token_weights
 
+TaskReward = Callable[[Sequence[Prompt], Sequence[int], Rollouts], Tensor]
+
 TEACHER_PROBE = "teacher_probe.json"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All that a run is made of.
+
+    config: the recipe, with the threshold where it was "auto" · problems: those held out for evaluation · reward: of
+    the task, or None · sampler: of the weights as they are, for evaluation; `run.sampler` may sample from a copy ·
+    calibration: what an "auto" threshold was found from.
+    """
+
+    config: Config
+    tokenizer: PreTrainedTokenizerBase
+    prompts: PromptSource
+    problems: Sequence[Prompt]
+    reward: TaskReward | None
+    student: PreTrainedModel
+    sampler: Sampler
+    optimizer: torch.optim.AdamW
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    calibration: dict[str, Any] | None
+    run: Run
+
+
+def build_parts(
+    config: Config,
+    run_dir: Path,
+    *,
+    checkpoint: Path | None = None,
+    calibration: dict[str, Any] | None = None,
+    console: Console,
+    world: World = ALONE,
+) -> Parts:
+    """Build everything that a run needs; whatever can be wrong with a recipe is found here.
+
+    checkpoint: where the student's weights come from, instead of the model's · calibration: of a run that goes on.
+    """
+    if config.training.threads:
+        torch.set_num_threads(config.training.threads)
+    seed_everything(config.training.seed)
+    device = models.resolve_device(config.training.device)
+    tokenizer = build_tokenizer(config)
+    prompts = training_prompts(config.data, tokenizer, seed=config.training.seed)
+    reward = build_reward(config, prompts, tokenizer)
+    problems = build_problems(config, tokenizer)
+    student = models.load_student(config, device)
+    if checkpoint is not None:
+        load_weights(checkpoint, student, config)
+    longest = max(config.rollout.max_completion_length, config.evaluation.max_tokens if problems else 0)
+    max_model_len = config.data.max_prompt_length + longest
+    models.check_context(student.config, config.model.model_name_or_path, max_model_len)
+    teacher, vocab_size = build_teacher(config, student, tokenizer, run_dir, device=device)
+    sampler = build_sampler(
+        config, student, tokenizer, vocab_size=vocab_size, max_model_len=max_model_len, processes=world.size
+    )
+    if config.calibrates:  # before the student is sharded; every rank measures the same
+        first = [prompt.token_ids for prompt in prompts.batch(0, config.rollout.prompts_per_step)]
+        assert isinstance(teacher, LocalTeacher)  # config/rules.py lets no other
+        calibration = world.gather(
+            calibrate(config, first, student=student, sampler=sampler, teacher=teacher, tokenizer=tokenizer)
+        )[0]
+        config = config.with_threshold(calibration["threshold"])
+        console.print(calibration_text(calibration), highlight=False)
+    if config.training.parallel == "fsdp2" and world.size > 1:
+        assert isinstance(sampler, LocalSampler)  # vLLM is for one process
+        sampler = WholeWeightsSampler(sampler, student)
+        distributed.shard(student)
+    optimizer, schedule = build_optimizer(student, config)
+    rollout_sampler, ahead = build_rollouts(config, sampler, prompts, teacher, world)
+    run = build_run(
+        config,
+        student=student,
+        sampler=rollout_sampler,
+        teacher=teacher,
+        optimizer=optimizer,
+        window=build_window(config),
+        vocab_size=vocab_size,
+        world=world,
+        ahead=ahead,
+    )
+    return Parts(config, tokenizer, prompts, problems, reward, student, sampler, optimizer, schedule, calibration, run)
+
+
+def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The student's; TokenizerError when the teacher's gives tokens other ids."""
+    names = config.model.model_name_or_path, config.model.teacher_model_name_or_path
+    tokenizer = models.load_tokenizer(names[0], config.model)
+    models.check_token_maps(tokenizer, models.load_tokenizer(names[1], config.model))
+    return tokenizer
+
+
+def build_problems(config: Config, tokenizer: PreTrainedTokenizerBase) -> Sequence[Prompt]:
+    """The held-out problems of a recipe's evaluation; none without `evaluation.data`."""
+    held_out = config.evaluation
+    if not held_out.data:
+        return []
+    return held_out_prompts(held_out.data, config.data, tokenizer, count=held_out.num_problems, split=held_out.split)
+
+
+def build_reward(config: Config, prompts: PromptSource, tokenizer: PreTrainedTokenizerBase) -> TaskReward | None:
+    """The task's reward, as a function of the rollouts' prompts, numbers and tokens: (B,) float64, NaN without one."""
+    settings = config.reward
+    if not settings.function:
+        return None
+    if settings.function == GRADE and isinstance(prompts, DatasetSource):
+        prompts.check_gradable()
+    function = load_reward(settings.function)
+
+    def reward(asked: Sequence[Prompt], numbers: Sequence[int], rollouts: Rollouts) -> Tensor:
+        rewards = function([asked[number] for number in numbers], list(response_texts(rollouts, tokenizer)))
+        if settings.mask_truncated_completions:
+            rewards = rewards.masked_fill(~rollouts.finished.cpu(), torch.nan)
+        return rewards
+
+    return reward
+
+
+def prompts_of(source: PromptSource, config: Config, step: int) -> list[Prompt]:
+    """The prompt of each rollout of a step; those of one prompt stand side by side."""
+    prompts = source.batch(step, config.rollout.prompts_per_step)
+    return [prompt for prompt in prompts for _ in range(config.rollout.num_generations)]
 
 
 def build_sampler(
@@ -203,6 +341,26 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": str(device),
         **{name: version(name) for name in ("prune-opd", "torch", "transformers", "tokenizers", "safetensors")},
     }
+
+
+def build_rollouts(
+    config: Config, sampler: Sampler, prompts: PromptSource, teacher: Teacher, world: World
+) -> tuple[Sampler, RolloutsAhead | None]:
+    """What samples the rollouts of a step: `sampler`, or a copy of the student in another type or a step ahead."""
+    if not config.samples_from_copy:
+        return sampler, None
+    assert isinstance(sampler, LocalSampler)  # config/rules.py lets no other
+    dtype = config.other_rollout_dtype
+    student_copy = StudentCopy(sampler, getattr(torch, dtype) if dtype else None)
+    if not config.rollout.ahead:
+        return student_copy, None
+
+    def sample(step: int, max_length: int, sampler: LocalSampler) -> Sampled:
+        token_ids = [prompt.token_ids for prompt in prompts_of(prompts, config, step)]
+        watch = Stopwatch(sampler.model.device)  # its seconds are not time that the step waited
+        return sample_rollouts(step, token_ids, max_length, sampler, teacher, config, watch, world)
+
+    return student_copy, RolloutsAhead(student_copy, sample, steps=config.training.steps)
 
 
 def build_run(

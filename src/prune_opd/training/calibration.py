@@ -188,6 +188,17 @@ def calibrate(
     }
 
 
+def calibration_text(found: dict[str, Any]) -> str:
+    """What `calibrate` found, in a sentence."""
+    ours, theirs = found["student_written"], found["teacher_written"]
+    return (
+        f"threshold {found['threshold']:g}, calibrated in {found['seconds']:.0f} s on {ours['responses']} prompts: "
+        f"{theirs['whole']:.0%} of the teacher's responses stay reliable to the end, {ours['whole']:.0%} of the "
+        f"student's; compatibility {theirs['compatibility']:.3f} and {ours['compatibility']:.3f}, events "
+        f"{theirs['events']:.1%} and {ours['events']:.1%}"
+    )
+
+
 def _uniforms(config: Config, prompts: Sequence[Sequence[int]]) -> Tensor:
     return rollout_uniforms(
         config.training.seed, 0, range(len(prompts)), config.longest_response, stream=CALIBRATION_STREAM

@@ -132,11 +132,7 @@ def save_checkpoint(
     Raises NonFiniteError when a weight is NaN or infinite, and StorageError when it cannot be written whole; earlier
     checkpoints stay as they were.
     """
-    held = ((name, getattr(p, "to_local", lambda p=p: p)()) for name, p in model.named_parameters() if p.requires_grad)
-    broken = world.gather(next((name for name, values in held if not values.isfinite().all()), None))
-    if any(broken):
-        broken = next(name for name in broken if name)
-        raise NonFiniteError(f"step {step}: the weight {broken} is not finite, so no checkpoint of it was written")
+    _check_weights(step, model, world)
     final, aside = folder / f"step_{step}", folder / f".step_{step}.partial"
     state = TrainerState(
         step=step,
@@ -168,25 +164,13 @@ def save_checkpoint(
             bulk = {"random": random_state} | ({} if sharded else {"optimizer": optimizer.state_dict()})
             torch.save(bulk, aside / "optimizer.pt")
             write_json(aside / STATE, state.model_dump(mode="json"))
-            files = sorted(path for path in aside.rglob("*") if path.is_file())
-            for path in files:
-                sync(path)
-            entries = {
-                p.relative_to(aside).as_posix(): FileEntry(size=p.stat().st_size, sha256=sha256(p)) for p in files
-            }
-            write_json(aside / MANIFEST, Manifest(step=step, files=entries).model_dump())
-            for path in [p for p in aside.rglob("*") if p.is_dir()]:
-                sync(path)
+            _write_manifest(aside, step)
             if final.exists():  # a damaged one of the same step, or a copy of this one
                 os.replace(final, folder / f".step_{step}.removed")
             os.replace(aside, final)
             sync(folder)
         damage = damage_of(final, from_disk=True)
-    except (
-        StorageError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # torch.save and safetensors have errors of their own
+    except (StorageError, RuntimeError, SafetensorError) as error:  # of torch.save and safetensors, those two
         shutil.rmtree(aside, ignore_errors=True)  # its room may be what the logs need now
         if isinstance(error, StorageError):
             raise
@@ -198,6 +182,25 @@ def save_checkpoint(
     if damage:
         raise StorageError(f"{final} was written but reads back damaged ({damage}); check the disk")
     return final
+
+
+def _check_weights(step: int, model: torch.nn.Module, world: World) -> None:
+    held = ((name, getattr(p, "to_local", lambda p=p: p)()) for name, p in model.named_parameters() if p.requires_grad)
+    mine = next((name for name, values in held if not values.isfinite().all()), None)
+    broken = next(filter(None, world.gather(mine)), None)
+    if broken:
+        raise NonFiniteError(f"step {step}: the weight {broken} is not finite, so no checkpoint of it was written")
+
+
+def _write_manifest(folder: Path, step: int) -> None:
+    """Flush every file of a checkpoint to the disk, and write down what each of them is."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        sync(path)
+    entries = {p.relative_to(folder).as_posix(): FileEntry(size=p.stat().st_size, sha256=sha256(p)) for p in files}
+    write_json(folder / MANIFEST, Manifest(step=step, files=entries).model_dump())
+    for path in [p for p in folder.rglob("*") if p.is_dir()]:
+        sync(path)
 
 
 def load_weights(checkpoint: Path, model: torch.nn.Module, config: Config) -> None:

@@ -1,0 +1,54 @@
+"""The logs of a run: metrics of each step, drift by position, some rollouts, and the trackers that are told too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from prune_opd.config import Config
+from prune_opd.core.overlap import shared_candidates
+from prune_opd.reporting.drift_log import drift_record
+from prune_opd.reporting.rollout_log import rollout_record
+from prune_opd.reporting.run_logs import read_lines, trained
+from prune_opd.reporting.trackers import Log, start_trackers
+from prune_opd.step import StepResult
+from prune_opd.training.files import append_json
+from prune_opd.types import Prompt
+
+
+class RunLog:
+    """Appends to metrics.jsonl, drift.jsonl and rollouts.jsonl of a run directory."""
+
+    def __init__(self, run_dir: Path, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.run_dir, self.config, self.tokenizer = run_dir, config, tokenizer
+        self.trackers: list[Log] = []
+
+    def start(self) -> None:
+        """Start the trackers that `tracking.report_to` names."""
+        self.trackers = start_trackers(self.config.tracking.report_to, self.run_dir, self.config.model_dump())
+
+    def steps(self) -> list[dict[str, Any]]:
+        """The records of the steps that are logged already."""
+        path = self.run_dir / "metrics.jsonl"
+        return [record for record in read_lines(path) if trained(record)] if path.is_file() else []
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        """Log the record of a step."""
+        append_json(self.run_dir / "metrics.jsonl", record)
+        numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+        for log in self.trackers:
+            log(numbers, record["step"])
+
+    def rollouts(self, step: int, prompts: Sequence[Prompt], result: StepResult) -> None:
+        """Log what drift did at each position of a step, and the first `tracking.rollouts_per_step` rollouts of it."""
+        rollouts, tracking = result.rollouts, self.config.tracking
+        assert rollouts.student is not None
+        shared = shared_candidates(rollouts.student.ids, result.scores.topk.ids).sum(-1)
+        drift = drift_record(step, rollouts, result.scores, result.drift, result.weight)
+        append_json(self.run_dir / "drift.jsonl", drift)
+        for i in range(min(tracking.rollouts_per_step, len(rollouts.lengths))):
+            record = rollout_record(result, i, prompts[i], shared, self.tokenizer, tracking)
+            append_json(self.run_dir / "rollouts.jsonl", {"step": step, **record})
