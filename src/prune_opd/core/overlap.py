@@ -10,6 +10,26 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
+    from prune_opd.core.choices import DriftMetric
+
+
+def compatibility(
+    metric: DriftMetric,
+    student_ids: Int[Tensor, "B T K"],
+    student_logprobs: Float[Tensor, "B T K"],
+    teacher_ids: Int[Tensor, "B T K"],
+    teacher_logprobs: Float[Tensor, "B T K"],
+) -> Float[Tensor, "B T"]:
+    """What `pruning.threshold` is compared with, in [0, 1]: a position below it is a drift event.
+
+    `teacher_top_p_accept` has no threshold (`nucleus_accept`); for it this is the overlap ratio, which is logged.
+    """
+    match metric:
+        case "overlap_mass":
+            return overlap_mass(student_ids, student_logprobs, teacher_ids)
+        case _:
+            return topk_overlap(student_ids, teacher_ids)
+
 
 def shared_candidates(student_ids: Int[Tensor, "B T K"], teacher_ids: Int[Tensor, "B T J"]) -> Bool[Tensor, "B T K"]:
     """Which of the student's candidates are also among the teacher's. Ids within one position must be distinct."""

@@ -159,7 +159,10 @@ def what_if(
 
 
 def events_of(log: LoggedStep, pruning: PruningSection, top_k: int) -> Tensor:
-    """(B, T) bool: the drift events that `events.drift_events` would have found, the repetition guard left out."""
+    """(B, T) bool: the drift events that `drift_events` would have found, the repetition guard left out.
+
+    ConfigError for a metric that a drift log does not hold.
+    """
     assert pruning.threshold != "auto"
     match pruning.metric:
         case "overlap_ratio":
@@ -169,6 +172,8 @@ def events_of(log: LoggedStep, pruning: PruningSection, top_k: int) -> Tensor:
             events = log.mass < pruning.threshold
         case "teacher_top_p_accept":
             events = log.above >= pruning.teacher_top_p
+        case _:
+            raise ConfigError(f"drift.jsonl does not hold {pruning.metric}; it holds {', '.join(SHORT_NAMES)}")
     return events & log.mask
 
 

@@ -180,7 +180,9 @@ def _drift(config: Config) -> str:
     if not pruning.enable:
         return "off: plain on-policy distillation, every token has weight 1"
     match pruning.metric:
-        case "overlap_ratio" | "overlap_mass" if pruning.threshold == "auto":
+        case "teacher_top_p_accept":
+            event = f"the sampled token is outside the teacher's {pruning.teacher_top_p:g} nucleus (of its top-{k})"
+        case _ if pruning.threshold == "auto":
             event = f"{pruning.metric} is below a threshold that is calibrated on the pair before the first step"
         case "overlap_ratio":
             assert pruning.threshold != "auto"
@@ -190,8 +192,8 @@ def _drift(config: Config) -> str:
             event = (
                 f"less than {pruning.threshold:g} of the student's probability is on tokens of the teacher's top-{k}"
             )
-        case "teacher_top_p_accept":
-            event = f"the sampled token is outside the teacher's {pruning.teacher_top_p:g} nucleus (of its top-{k})"
+        case _:
+            event = f"{pruning.metric} is below {pruning.threshold:g}"
     spent = events_until_unreliable(config)
     end = "events never spend all reliability" if spent is None else f"{spent:,} events spend all reliability"
     weight = f", after which a token keeps weight {pruning.w_base:g}" if pruning.reweight else "; every token weighs 1"

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from prune_opd.config import PruningSection
 from prune_opd.core.drift import repetition_events
-from prune_opd.core.overlap import nucleus_accept, overlap_mass, topk_overlap
+from prune_opd.core.overlap import compatibility, nucleus_accept
 from prune_opd.types import TopK
 
 
@@ -17,13 +17,11 @@ def drift_events(response_ids: Tensor, mask: Tensor, student: TopK, teacher: Top
     guard, on tokens before it, so chunks of a rollout give the events of the whole.
     """
     assert pruning.threshold != "auto", "a threshold is calibrated before the first step"
-    match pruning.metric:
-        case "overlap_ratio":
-            events = topk_overlap(student.ids, teacher.ids) < pruning.threshold
-        case "overlap_mass":
-            events = overlap_mass(student.ids, student.logprobs, teacher.ids) < pruning.threshold
-        case "teacher_top_p_accept":
-            events = ~nucleus_accept(response_ids, teacher.ids, teacher.logprobs, pruning.teacher_top_p)
+    if pruning.metric == "teacher_top_p_accept":
+        events = ~nucleus_accept(response_ids, teacher.ids, teacher.logprobs, pruning.teacher_top_p)
+    else:
+        candidates = student.ids, student.logprobs, teacher.ids, teacher.logprobs
+        events = compatibility(pruning.metric, *candidates) < pruning.threshold
     guard = pruning.repetition
     if guard.enable:
         events |= repetition_events(response_ids, mask, max_period=guard.max_period, min_run=guard.min_run)

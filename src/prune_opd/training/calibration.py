@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prune_opd.config import Config, PruningSection
+from prune_opd.core.choices import DriftMetric
 from prune_opd.core.drift import SAFE_SHARE, drift_report
 from prune_opd.core.head import head_statistics
-from prune_opd.core.overlap import overlap_mass, topk_overlap
+from prune_opd.core.overlap import compatibility
 from prune_opd.errors import ModelError
 from prune_opd.models.causal_lm import PACKED_ATTENTION, output_head, packed_states, use_attention
 from prune_opd.models.loading import end_ids
@@ -44,11 +45,10 @@ class Written:
     student: TopK
     teacher: TopK
 
-    def compatibility(self, metric: str) -> Tensor:
-        """(B, T) float32: what `pruning.threshold` is held against; anything on padding."""
-        if metric == "overlap_mass":
-            return overlap_mass(self.student.ids, self.student.logprobs, self.teacher.ids)
-        return topk_overlap(self.student.ids, self.teacher.ids)
+    def compatibility(self, metric: DriftMetric) -> Tensor:
+        """(B, T) float32: what `pruning.threshold` is compared with; anything on padding."""
+        student, teacher = self.student, self.teacher
+        return compatibility(metric, student.ids, student.logprobs, teacher.ids, teacher.logprobs)
 
     def summary(self, pruning: PruningSection, threshold: float) -> dict[str, float]:
         """Mean compatibility, share of events, and share of responses that are reliable to their last token."""
@@ -123,10 +123,10 @@ def share_whole(compatible: Tensor, mask: Tensor, pruning: PruningSection, thres
 def largest_safe_threshold(compatible: Tensor, mask: Tensor, pruning: PruningSection, top_k: int) -> float | None:
     """The largest threshold that leaves SAFE_SHARE of these responses whole; None if none does.
 
-    Thresholds are counts of K for the overlap ratio, hundredths for the overlap mass: others make no difference, or
+    Thresholds are counts of K for the overlap ratio, hundredths for other metrics: others make no difference, or
     little. compatible, mask (B, T) of responses that should not be cut.
     """
-    levels = 100 if pruning.metric == "overlap_mass" else top_k
+    levels = top_k if pruning.metric == "overlap_ratio" else 100
     safe = (
         t
         for t in (level / levels for level in range(levels, 0, -1))
