@@ -48,10 +48,11 @@ test-engines: setup-trl setup-vllm setup-verl  ## all tests of TRL, vLLM, verl a
 
 check: lint test  ## lint, then test
 
-lint: setup  ## ruff, formatting and types
+lint: setup  ## ruff, formatting, types and the direction of imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: setup  ## format and fix what ruff can fix
 	$(BIN)/ruff format

@@ -15,6 +15,7 @@ from prune_opd.distributed.merging import merged
 from prune_opd.distributed.sharding import launched, shard, whole_weights
 from prune_opd.distributed.world import ALONE, full_tensor
 from prune_opd.errors import NonFiniteError
+from prune_opd.models.causal_lm import output_head
 from prune_opd.models.loading import add_adapters
 from prune_opd.reporting.metrics import metrics_of
 from prune_opd.rollout.gathered import WholeWeightsSampler
@@ -61,6 +62,7 @@ def run_case(name, world, parallel="ddp"):
     sampler = LocalSampler(student, pad_id=PAD, eos_ids=[EOS], vocab_size=VOCAB, slots=config.rollout.slots)
     if parallel == "fsdp2" and world.size > 1:
         sampler = WholeWeightsSampler(sampler, student)
+        output_head(student)
         shard(student)
     optimizer, window = build_optimizer(student, config)[0], build_window(config)
     found = {"steps": [], "lengths": [], "effective": [], "ids": [], "rows": []}
@@ -101,6 +103,7 @@ def run_broken(world, parallel):
     sampler = LocalSampler(student, pad_id=PAD, eos_ids=[EOS], vocab_size=VOCAB)
     if parallel == "fsdp2":
         sampler = WholeWeightsSampler(sampler, student)
+        output_head(student)
         shard(student)
     config = config_of()
     try:

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from prune_opd.distributed.world import ALONE, World, full_tensor
 from prune_opd.errors import ModelError
-from prune_opd.models.causal_lm import output_head
 
 
 @contextmanager
@@ -51,6 +50,9 @@ def launched() -> Iterator[World]:
 def shard(student: Any) -> None:
     """Shard every parameter of a causal LM over all ranks (FSDP2), in place; build the optimiser after this.
 
+    Call `output_head` before: it compares the head with the model's own logits, which a sharded model cannot compute
+    outside of lock-step.
+
     Each decoder layer is gathered when its forward and backward need it, so all ranks must run as many of them
     (`World.even`). Embeddings and final norm belong to the body. The head is used outside of any forward
     (core/head.py): it stays a DTensor that `full_tensor` gathers. Gradients are summed, not averaged, since the loss
@@ -60,7 +62,6 @@ def shard(student: Any) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    output_head(student)  # held against the model's own logits while it can still run by itself
     causal_lm = student.get_base_model() if hasattr(student, "get_base_model") else student
     body, head = causal_lm.base_model, causal_lm.get_output_embeddings()
     names = set(causal_lm._no_split_modules or ())

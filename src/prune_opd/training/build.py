@@ -27,6 +27,7 @@ from prune_opd.distributed.world import ALONE, World
 from prune_opd.errors import EngineError, ModelError
 from prune_opd.evaluation.evaluate import response_texts
 from prune_opd.models import loading as models
+from prune_opd.models.causal_lm import output_head
 from prune_opd.models.loading import read_model_config
 from prune_opd.rewards import GRADE, load_reward
 from prune_opd.rollout.ahead import RolloutsAhead
@@ -119,6 +120,7 @@ def build_parts(
     if config.training.parallel == "fsdp2" and world.size > 1:
         assert isinstance(sampler, LocalSampler)  # vLLM is for one process
         sampler = WholeWeightsSampler(sampler, student)
+        output_head(student)  # compared with the model's own logits while it can still run by itself
         distributed.shard(student)
     optimizer, schedule = build_optimizer(student, config)
     rollout_sampler, ahead = build_rollouts(config, sampler, prompts, teacher, world)
