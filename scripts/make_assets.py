@@ -172,15 +172,15 @@ def examine(model, tokenizer, *, problems_count: int, k: int, label: str) -> dic
     rollouts = sampler.sample(prompts, rollout_uniforms(1, 0, range(len(prompts)), MAX_TOKENS))
     texts = tokenizer.batch_decode(rollouts.response_ids, skip_special_tokens=True)
     right = [grade(text, chosen[i // k].answer) for i, text in enumerate(texts)]
-    facts = {
+    measured = {
         "accuracy": sum(right) / len(right),
         "eos_rate": rollouts.finished.float().mean().item(),
         "mean_length": rollouts.lengths.float().mean().item(),
         "p95_length": rollouts.lengths.float().quantile(0.95).item(),
     }
-    print(label, {key: round(value, 3) for key, value in facts.items()}, flush=True)
+    print(label, {key: round(value, 3) for key, value in measured.items()}, flush=True)
     print("   ", texts[0][:300], flush=True)
-    return facts
+    return measured
 
 
 def main() -> None:
@@ -247,14 +247,14 @@ def main() -> None:
             exceptions_only=True,
         ),
     }
-    facts = {name: examine(model, tokenizer, problems_count=100, k=8, label=name) for name, model in made.items()}
+    measured = {name: examine(model, tokenizer, problems_count=100, k=8, label=name) for name, model in made.items()}
     for name, model in made.items():
         folder = args.output_dir / name
         shutil.rmtree(folder, ignore_errors=True)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    facts["seconds"] = {"total": time.time() - began}
-    (args.output_dir / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
+    measured["seconds"] = {"total": time.time() - began}
+    (args.output_dir / "pairs.json").write_text(json.dumps(measured, indent=1) + "\n")
 
 
 if __name__ == "__main__":

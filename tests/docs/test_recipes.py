@@ -9,7 +9,8 @@ import pytest
 
 import prune_opd
 from prune_opd.config import Config, load_config
-from prune_opd.preflight.plan import describe_plan, parameters_in_name
+from prune_opd.preflight.memory import parameters_in_name
+from prune_opd.preflight.plan import describe_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))

@@ -19,7 +19,8 @@ from prune_opd.errors import ConfigError, RunDirectoryError, RunInterrupted
 from prune_opd.evaluation.evaluate import bootstrap_ci95
 from prune_opd.experiments.arms import SETTINGS, Reference, arm_config
 from prune_opd.experiments.compare import compare
-from prune_opd.experiments.results import difference, results_table, seconds_to, spread
+from prune_opd.experiments.results import results_table
+from prune_opd.reporting.statistics import difference, seconds_to, spread
 from prune_opd.step import prune_opd_step
 from tests.training.test_trainer import RECIPE, SMALL, quiet
 

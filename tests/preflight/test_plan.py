@@ -16,15 +16,12 @@ from prune_opd.core.drift import drift_report
 from prune_opd.core.window import TrainingWindow
 from prune_opd.errors import ModelError
 from prune_opd.models.loading import add_adapters
+from prune_opd.preflight.memory import activation_bytes, estimate_memory, micro_batch_shape, parameters_in_name
 from prune_opd.preflight.plan import (
-    activation_bytes,
     describe_plan,
-    estimate_memory,
     evaluation_steps,
     events_until_unreliable,
-    micro_batch_shape,
     most_response_tokens,
-    parameters_in_name,
 )
 
 NETWORK = AutoConfig.for_model(

@@ -1,11 +1,9 @@
-"""What a comparison came to: statistics over seeds, the table, `compare.json`, `compare.csv`, and the plot."""
+"""What a comparison came to: the table, `compare.json`, `compare.csv`, and the plot."""
 
 from __future__ import annotations
 
 import csv
 import json
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +14,21 @@ from rich.table import Table
 from prune_opd.config import Config
 from prune_opd.evaluation.evaluate import bootstrap_ci95
 from prune_opd.reporting.run_logs import read_lines, trained
+from prune_opd.reporting.statistics import QUANTITIES, difference, evaluation_curve, seconds_to, spread
 
 BASELINE = "opd"  # what arms are held against, where it is one of them
-QUANTITIES = ("train_seconds", "eval_seconds", "student_tokens", "teacher_tokens")
-# 97.5% quantiles of Student's t for 1, 2, 3, ... degrees of freedom; 1.96 beyond.
-T_QUANTILES = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def run_record(run_dir: Path, seed: int, totals: dict[str, float]) -> dict[str, Any]:
     """What a comparison keeps of one finished run, read from its metrics.jsonl."""
     records = list(read_lines(run_dir / "metrics.jsonl"))
-    evaluations = [r for r in records if "eval/accuracy" in r]
+    last = [r for r in records if "eval/accuracy" in r][-1]
     return {
         "seed": seed,
         "run_dir": run_dir.name,
-        "accuracy": evaluations[-1]["eval/accuracy"],
-        "per_problem": evaluations[-1]["eval/per_problem"],
-        "evaluations": [
-            {
-                "step": r["step"],
-                "accuracy": r["eval/accuracy"],
-                "train_seconds": r.get("time/train_so_far", 0.0),
-                "mean_length": r["eval/mean_length"],
-                "eos_rate": r["eval/eos_rate"],
-            }
-            for r in evaluations
-        ],
+        "accuracy": last["eval/accuracy"],
+        "per_problem": last["eval/per_problem"],
+        "evaluations": evaluation_curve(records),
         "window": [r["prune_opd/current_max_response_length"] for r in records if trained(r)],
         **{name: totals[name] for name in QUANTITIES},
     }
@@ -83,51 +70,6 @@ def summarise(arm: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
         **{name: spread([run[name] for run in runs]) for name in QUANTITIES},
         "runs": kept,
     }
-
-
-def difference(runs: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> dict[str, Any]:
-    """Arm minus baseline, paired by seed, for accuracy and each quantity: mean, std and t-interval over seeds.
-
-    accuracy also has `ci95_problems`: the same problems with the same random numbers were put to both, so the
-    difference on each problem, averaged over seeds, is resampled. It is there with one seed too, and knows nothing of
-    how seeds differ. Seeds that only one of the two has are left out.
-    """
-    theirs = {run["seed"]: run for run in baseline}
-    pairs = [(run, theirs[run["seed"]]) for run in runs if run["seed"] in theirs]
-    if not pairs:
-        return {}
-    found = {name: spread([a[name] - b[name] for a, b in pairs]) for name in ("accuracy", *QUANTITIES)}
-    by_problem = np.mean([np.subtract(a["per_problem"], b["per_problem"]) for a, b in pairs], axis=0)
-    found["accuracy"]["ci95_problems"] = bootstrap_ci95(by_problem)
-    return found
-
-
-def seconds_to(accuracy: float, runs: Sequence[dict[str, Any]]) -> float | None:
-    """Training time at which an arm's accuracy, the mean over its seeds, first was `accuracy`; None if it never was.
-
-    Straight lines join the evaluations, whose times are means over seeds too. One evaluation is a noisy number, and the
-    first of many that is high enough more so: read it with the whole curve.
-    """
-    seconds, reached = (
-        np.mean([[e[name] for e in run["evaluations"]] for run in runs], axis=0)
-        for name in ("train_seconds", "accuracy")
-    )
-    high = np.flatnonzero(reached >= accuracy - 1e-12)  # a mean of the same numbers in another order
-    if not len(high):
-        return None
-    last = high[0]
-    between = slice(max(last - 1, 0), last + 1)
-    return float(np.interp(accuracy, reached[between], seconds[between]))
-
-
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, standard deviation over seeds, and the 95% t-interval of the mean (null with one seed)."""
-    mean, count = float(np.mean(values)), len(values)
-    if count == 1:
-        return {"mean": mean, "std": None, "ci95": None}
-    std = float(np.std(values, ddof=1))
-    half = (T_QUANTILES[count - 2] if count - 2 < len(T_QUANTILES) else 1.96) * std / math.sqrt(count)
-    return {"mean": mean, "std": std, "ci95": (mean - half, mean + half)}
 
 
 def results_table(results: dict[str, Any]) -> Table:

@@ -23,7 +23,7 @@ from prune_opd.data.source import DatasetSource, held_out_prompts, training_prom
 from prune_opd.errors import ModelError, PruneOPDError
 from prune_opd.models import loading as models
 from prune_opd.models.loading import read_model_config
-from prune_opd.preflight.plan import estimate_memory, memory_rows, size_text
+from prune_opd.preflight.memory import estimate_memory, memory_rows, size_text
 from prune_opd.rewards import GRADE, load_reward
 from prune_opd.rollout.events import drift_events
 from prune_opd.teachers.local import LocalTeacher

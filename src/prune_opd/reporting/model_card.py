@@ -11,8 +11,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from prune_opd.reporting.report import duration, percent
 from prune_opd.reporting.run_logs import PHASES, read_metrics, read_settings, trained
+from prune_opd.reporting.wording import duration, percent
 
 SUMMED = ("tokens/saved", "time/total", *PHASES.values(), *(f"time/{phase}" for phase in PHASES))
 
