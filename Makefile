@@ -70,8 +70,9 @@ build/smollm/train.jsonl: scripts/make_smollm_pair.py .venv/.installed-smollm
 assets: setup  ## train the embedded pairs again (up to 45 minutes)
 	$(BIN)/python scripts/make_assets.py
 
-docs: setup  ## write docs/configuration.md from the settings
+docs: setup  ## write docs/configuration.md from the settings, and docs/architecture.svg from the imports
 	$(BIN)/python scripts/make_config_docs.py
+	$(BIN)/python scripts/make_architecture.py
 
 bench: setup-trl  ## time one OPD step against TRL
 	$(BIN)/python benchmarks/step_time.py

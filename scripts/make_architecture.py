@@ -84,7 +84,9 @@ def picture() -> str:
             boxes[name] = x, y, widths[name], height
             middle = x + widths[name] / 2
             shapes.append(f'<rect class="box" x="{x:g}" y="{y:g}" width="{widths[name]:g}" height="{height}" rx="6"/>')
-            shapes.append(f'<text class="name" text-anchor="middle" x="{middle:g}" y="{y + 20:g}">{escape(name)}</text>')
+            shapes.append(
+                f'<text class="name" text-anchor="middle" x="{middle:g}" y="{y + 20:g}">{escape(name)}</text>'
+            )
             for i, line in enumerate(lines):
                 at = f'x="{middle:g}" y="{y + 36 + LINE * i:g}"'
                 shapes.append(f'<text class="modules" text-anchor="middle" {at}>{escape(line)}</text>')
