@@ -178,11 +178,10 @@ def outcome(run_dir: Path) -> dict:
     for checkpoint in (run_dir / "checkpoints").iterdir():
         state = json.loads((checkpoint / "trainer_state.json").read_text())
         state["totals"] = without_time(state["totals"])
-        bulk = torch.load(checkpoint / "optimizer.pt", weights_only=True)
         found[checkpoint.name] = state | {
             "weights": load_file(checkpoint / "model.safetensors"),
-            "optimizer": bulk["optimizer"],
-            "random": bulk["random"],
+            "optimizer": load_file(checkpoint / "optimizer-00000.safetensors"),
+            "random": load_file(checkpoint / "random_state.safetensors"),
         }
     return found
 

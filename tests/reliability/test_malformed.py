@@ -5,9 +5,11 @@ The corpus is the tables below. After each the disk is as it was: no file made, 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
+import pickle
 import re
 import shutil
 import warnings
@@ -18,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -25,7 +28,8 @@ from prune_opd.config import load_config
 from prune_opd.data.prompts import load_prompts
 from prune_opd.errors import CheckpointError, ConfigError, DataError, PruneOPDError, RunDirectoryError, StorageError
 from prune_opd.training import checkpoint as checkpoint_module
-from prune_opd.training.checkpoint import MANIFEST, STATE, damage_of
+from prune_opd.training.checkpoint import MANIFEST, RANDOM, STATE, damage_of
+from prune_opd.training.optimizer_state import FIRST_ROWS
 from prune_opd.training.trainer import Trainer
 
 from .kills import RECIPE, SMALL
@@ -386,7 +390,8 @@ def cut(name):
     return lambda checkpoint: (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:-3])
 
 
-NEEDED = ("model.safetensors", "optimizer.pt", STATE, "config.json", "tokenizer.json", MANIFEST)
+OPTIMIZER = "optimizer-00000.safetensors"
+NEEDED = ("model.safetensors", OPTIMIZER, RANDOM, STATE, "config.json", "tokenizer.json", MANIFEST)
 DAMAGE = {
     **{f"{name} is gone": lambda c, n=name: (c / n).unlink() for name in NEEDED},
     **{f"{name} is empty": lambda c, n=name: (c / n).write_bytes(b"") for name in NEEDED},
@@ -422,8 +427,8 @@ def test_a_damaged_checkpoint_is_not_resumed_from(tmp_path, resume, name):
 def test_a_damaged_checkpoint_that_was_asked_for_by_its_path_is_refused(tmp_path, resume):
     """An earlier one that is whole does not come in its place unasked."""
     last = tmp_path / "run/checkpoints/step_2"
-    action = resume(lambda folder: DAMAGE["optimizer.pt has one bit flipped"](last), str(last))
-    refused(action, CheckpointError, tmp_path, f"{last} is damaged or incomplete", "optimizer.pt has changed")
+    action = resume(lambda folder: DAMAGE[f"{OPTIMIZER} has one bit flipped"](last), str(last))
+    refused(action, CheckpointError, tmp_path, f"{last} is damaged or incomplete", f"{OPTIMIZER} has changed")
 
 
 def resigned(name, content):
@@ -456,6 +461,11 @@ def saved(content):
     return buffer.getvalue()
 
 
+def rows_of(tensors):
+    """A share of an optimiser as rank 0 would write it."""
+    return save(tensors, {FIRST_ROWS: json.dumps(dict.fromkeys(tensors, 0))})
+
+
 def edited_state(**changes):
     return lambda path: json.dumps(json.loads(path.read_text()) | changes).encode()
 
@@ -472,10 +482,12 @@ FORGED = {
     "a window without length": resigned(STATE, edited_state(window={"misses": 0})),
     "a config of nothing": resigned(STATE, edited_state(config={})),
     "a config of another version": resigned(STATE, edited_state(config={"model": {"new": 1}})),
-    "an optimiser of nothing": resigned("optimizer.pt", saved({})),
-    "an optimiser that is a list": resigned("optimizer.pt", saved([])),
-    "an optimiser of another model": resigned("optimizer.pt", saved({"optimizer": {"state": {}, "param_groups": []}})),
-    "an optimiser that is text": resigned("optimizer.pt", b"not a zip"),
+    "an optimiser of nothing": resigned(OPTIMIZER, rows_of({})),
+    "an optimiser without its header": resigned(OPTIMIZER, save({"a/step": torch.ones(())})),
+    "an optimiser of another model": resigned(OPTIMIZER, rows_of({"another.weight/exp_avg": torch.ones(2, 2)})),
+    "an optimiser with a row too few": resigned(OPTIMIZER, rows_of({"model.norm.weight/exp_avg": torch.ones(3)})),
+    "an optimiser that is text": resigned(OPTIMIZER, b"not a safetensors file"),
+    "a random state of nothing": resigned(RANDOM, save({})),
     "weights of another model": resigned("model.safetensors", b"\x02\0\0\0\0\0\0\0{}"),
     "weights that are text": resigned("model.safetensors", b"hello"),
 }
@@ -487,10 +499,25 @@ def test_a_checkpoint_that_was_made_by_hand(tmp_path, resume, name):
     refused(action, CheckpointError, tmp_path)
 
 
-def test_a_pickle_in_a_run_directory_is_not_run(tmp_path, resume):
+@pytest.mark.parametrize("name", [OPTIMIZER, RANDOM, "model.safetensors", STATE, "config.json", "tokenizer.json"])
+def test_a_pickle_in_the_place_of_a_file_is_not_run(tmp_path, resume, name):
     trap = tmp_path / "trap"
-    action = resume(on_every_checkpoint(resigned("optimizer.pt", saved({"optimizer": Hostile(str(trap))}))))
-    refused(action, CheckpointError, tmp_path)
+    action = resume(on_every_checkpoint(resigned(name, saved({"optimizer": Hostile(str(trap))}))))
+    with contextlib.suppress(PruneOPDError):  # config and tokenizer of a checkpoint are for others; a resume has its own
+        action()
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("name", ["optimizer/.metadata", "optimizer.pt", "pytorch_model.bin", "training_args.bin"])
+def test_a_pickle_beside_the_files_is_not_run(tmp_path, resume, name):
+    """Whoever added it also wrote it into the manifest; an optimiser in shards, torch reads its .metadata by pickle."""
+    trap = tmp_path / "trap"
+
+    def add(checkpoint):
+        (checkpoint / name).parent.mkdir(exist_ok=True)
+        resigned(name, pickle.dumps(Hostile(str(trap))))(checkpoint)
+
+    resume(on_every_checkpoint(add))()
     assert not trap.exists()
 
 

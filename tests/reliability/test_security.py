@@ -147,11 +147,10 @@ def test_nothing_of_the_environment_is_written_by_a_run(tmp_path):
 
 
 def test_no_pickle_is_loaded_anywhere_in_the_package():
-    """torch.load with weights_only=True alone, and no module of the pickle family is used to load."""
+    """Nor anything of torch that reads by pickle."""
     for path in SRC.rglob("*.py"):
         text = path.read_text()
-        for call in re.findall(r"torch\.load\(([^)]*)\)", text):
-            assert "weights_only=True" in call, path
+        assert not re.search(r"torch\.load\(|distributed\.checkpoint|torch\.hub|jit\.load", text), path
         assert not re.search(r"\b(pickle|dill|joblib|cloudpickle)\.loads?\(|allow_pickle=True|\byaml\.load\(", text), (
             path
         )

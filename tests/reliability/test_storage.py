@@ -168,12 +168,12 @@ def test_keep_last_and_keep_every(tmp_path):
 def test_a_damaged_newest_checkpoint_is_passed_over_and_the_run_is_the_same(tmp_path, whole):
     run = tmp_path / "run"
     trainer_in(run, "training.keep_last=3").train()
-    (run / "checkpoints/step_3/optimizer.pt").write_bytes(b"half")
+    (run / "checkpoints/step_3/optimizer-00000.safetensors").write_bytes(b"half")
     said = Console(record=True, width=300, file=(tmp_path / "out").open("w"))
     config = load_config(RECIPE, [*FEW, "training.keep_last=1"])
     Trainer(config, run, resume="auto", console=said).train()
     text = said.export_text()
-    assert "step_3 is damaged or incomplete (optimizer.pt has 4 bytes instead of" in text
+    assert "step_3 is damaged or incomplete (optimizer-00000.safetensors has 4 bytes instead of" in text
     assert "resumed from" in text and "superseded_step_3" in text
     shutil.rmtree(run / "checkpoints/superseded_step_3")
     expected, found = outcome(whole), outcome(run)

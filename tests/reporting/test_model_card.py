@@ -129,7 +129,8 @@ def test_push_to_hub_uploads_the_checkpoint_with_its_card_and_no_secret(hub, tmp
     first_upload = next(i for i, call in enumerate(hub.calls) if "/preupload/" in call)
     assert hub.calls.index("POST /api/repos/create") < first_upload
     checkpoint = tmp_path / "run/checkpoints/step_2"
-    expected = {p.name for p in checkpoint.iterdir()} - {"optimizer.pt", "trainer_state.json", "manifest.json"}
+    ours = {"optimizer-00000.safetensors", "random_state.safetensors", "trainer_state.json", "manifest.json"}
+    expected = {p.name for p in checkpoint.iterdir()} - ours
     assert set(hub.files) == expected >= {"README.md", "model.safetensors", "tokenizer.json", "config.json"}
     for name, content in hub.files.items():
         assert hashlib.sha256(content).digest() == hashlib.sha256((checkpoint / name).read_bytes()).digest(), name

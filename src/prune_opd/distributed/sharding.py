@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,9 +82,6 @@ def shard(student: Any) -> None:
             module.set_force_sum_reduction_for_comms(True)  # else a multiplying sum, which gloo does not have
 
 
-# ---- one result of all ranks ----
-
-
 # ---- checkpoints of sharded weights ----
 
 
@@ -104,37 +100,3 @@ def whole_weights(student: torch.nn.Module, world: World) -> dict[str, Tensor]:
 def is_sharded(student: torch.nn.Module) -> bool:
     """Whether `shard` was applied to it."""
     return any(hasattr(p, "full_tensor") for p in student.parameters())
-
-
-def load_whole_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Read a state that one process wrote; each rank keeps its shard of it where the parameters are sharded."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, of_parameter in state["state"].items():
-        parameter = parameters[index]
-        if isinstance(parameter, DTensor):
-            for name, value in of_parameter.items():
-                if value.shape == parameter.shape:
-                    of_parameter[name] = distribute_tensor(
-                        value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
-                    )
-    optimizer.load_state_dict(state)
-
-
-def save_optimizer_shards(folder: Path, student: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Each rank writes its shard of the optimiser's state (torch.distributed.checkpoint)."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-
-    dcp.save({"optimizer": get_optimizer_state_dict(student, optimizer)}, checkpoint_id=folder)
-
-
-def load_optimizer_shards(folder: Path, student: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Read what this rank needs, however many ranks wrote it and however many there are now, sharded or not."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-
-    state = get_optimizer_state_dict(student, optimizer)
-    dcp.load({"optimizer": state}, checkpoint_id=folder)
-    set_optimizer_state_dict(student, optimizer, state)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Iterator
@@ -22,8 +21,7 @@ from typing import Annotated, Any, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, StringConstraints, ValidationError, field_validator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model
-from torch.distributed.checkpoint.api import CheckpointException
+from safetensors.torch import load_file, load_model, save_file
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -33,6 +31,7 @@ from prune_opd.distributed import sharding as distributed
 from prune_opd.distributed.world import ALONE, World
 from prune_opd.errors import CheckpointError, NonFiniteError, StorageError
 from prune_opd.training.files import storage_errors, sync, write_json
+from prune_opd.training.optimizer_state import load_optimizer, save_optimizer
 
 # What may differ between the run that saved and the run that resumes; anything else would be another experiment.
 FREE_TO_CHANGE = {
@@ -43,7 +42,7 @@ FREE_TO_CHANGE = {
 }
 FREE_SECTIONS = {"tracking", "evaluation"}
 
-MANIFEST, STATE = "manifest.json", "trainer_state.json"
+MANIFEST, STATE, RANDOM = "manifest.json", "trainer_state.json", "random_state.safetensors"
 
 
 Content = TypeVar("Content", bound=BaseModel)
@@ -152,8 +151,7 @@ def save_checkpoint(
                 aside.mkdir(parents=True)
             world.gather(None)  # the folder is there
             weights = distributed.whole_weights(model, world) if sharded else None
-            if sharded:
-                distributed.save_optimizer_shards(aside / "optimizer", model, optimizer)
+            _save_shares(final, aside, model, optimizer, world)
             if world.rank > 0:
                 world.gather(None)  # the folder has its name
                 return final
@@ -161,8 +159,7 @@ def save_checkpoint(
             model.save_pretrained(aside, max_shard_size="1TB", state_dict=weights)
             tokenizer.save_pretrained(aside)
             (aside / "README.md").write_text(card, encoding="utf-8")
-            bulk = {"random": random_state} | ({} if sharded else {"optimizer": optimizer.state_dict()})
-            torch.save(bulk, aside / "optimizer.pt")
+            save_file(random_state, aside / RANDOM)
             write_json(aside / STATE, state.model_dump(mode="json"))
             _write_manifest(aside, step)
             if final.exists():  # a damaged one of the same step, or a copy of this one
@@ -170,7 +167,7 @@ def save_checkpoint(
             os.replace(aside, final)
             sync(folder)
         damage = damage_of(final, from_disk=True)
-    except (StorageError, RuntimeError, SafetensorError) as error:  # of torch.save and safetensors, those two
+    except (StorageError, RuntimeError, SafetensorError) as error:  # safetensors has errors of its own
         shutil.rmtree(aside, ignore_errors=True)  # its room may be what the logs need now
         if isinstance(error, StorageError):
             raise
@@ -190,6 +187,20 @@ def _check_weights(step: int, model: torch.nn.Module, world: World) -> None:
     broken = next(filter(None, world.gather(mine)), None)
     if broken:
         raise NonFiniteError(f"step {step}: the weight {broken} is not finite, so no checkpoint of it was written")
+
+
+def _save_shares(final: Path, aside: Path, model: torch.nn.Module, optimizer: Optimizer, world: World) -> None:
+    """Every rank writes its share of the optimiser; StorageError on all ranks when one of them cannot."""
+    try:
+        save_optimizer(aside, model, optimizer, world)
+        failed = None
+    except (OSError, SafetensorError) as error:
+        failed = f"rank {world.rank}: {error}"
+    if failed := next(filter(None, world.gather(failed)), None):
+        raise StorageError(
+            f"{final} could not be written ({failed}); free some space or repair the disk, then continue with "
+            "--resume auto"
+        )
 
 
 def _write_manifest(folder: Path, step: int) -> None:
@@ -232,34 +243,31 @@ def load_training_state(
 ) -> TrainerState:
     """Put back everything else, after `load_weights`; returns what was saved. CheckpointError when it does not fit.
 
-    The optimiser's state is shards if the student was sharded and one file if not; either goes into either, at any
-    number of ranks.
+    The run may have had another number of ranks, and may have been sharded or not.
     """
     state = _read(checkpoint / STATE, TrainerState)
     with _misfit(checkpoint):
-        bulk = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
-        if "optimizer" in bulk:
-            distributed.load_whole_optimizer(bulk["optimizer"], optimizer)
-        else:
-            distributed.load_optimizer_shards(checkpoint / "optimizer", model, optimizer)
+        random_state = load_file(checkpoint / RANDOM)
+        load_optimizer(checkpoint, model, optimizer)
+        if state.totals.updates and not optimizer.state:
+            raise ValueError("the optimiser's state is missing")
         schedule.load_state_dict(state.schedule)
+        for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
         if window is not None and state.window is not None:
             window.load_state_dict(state.window)
-        torch.set_rng_state(bulk["random"]["cpu"])
-        if "accelerator" in bulk["random"] and torch.accelerator.is_available():
-            torch.get_device_module().set_rng_state(bulk["random"]["accelerator"])
+        torch.set_rng_state(random_state["cpu"])
+        if "accelerator" in random_state and torch.accelerator.is_available():
+            torch.get_device_module().set_rng_state(random_state["accelerator"])
     return state
 
 
 @contextmanager
 def _misfit(checkpoint: Path) -> Iterator[None]:
-    """What safetensors, torch.load and load_state_dict raise on files that are not what they should be."""
+    """What safetensors and load_state_dict raise on files that are not what they should be."""
     try:
         yield
-    except (
-        *(OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError),
-        *(SafetensorError, CheckpointException, pickle.UnpicklingError),
-    ) as error:
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(
             f"{checkpoint} does not fit this model or is damaged ({error}); resume from an earlier one"
         ) from error

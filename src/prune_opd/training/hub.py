@@ -9,9 +9,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 
 from prune_opd.errors import HubError
-from prune_opd.training.checkpoint import MANIFEST, STATE
+from prune_opd.training.checkpoint import MANIFEST, RANDOM, STATE
 
-TRAINING_STATE = ["optimizer.pt", STATE, MANIFEST]  # of a checkpoint; nobody who loads the model needs it
+TRAINING_STATE = [
+    "optimizer-*.safetensors",
+    RANDOM,
+    STATE,
+    MANIFEST,
+]  # of a checkpoint; nobody who loads the model needs it
 
 
 def check_repo(repo: str) -> None:
