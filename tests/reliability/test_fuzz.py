@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prune_opd.config import load_config, setting_names
+from prune_opd.config import DataSection, load_config, setting_names
 from prune_opd.data.prompts import load_prompts
 from prune_opd.errors import PruneOPDError
 from prune_opd.evaluation.graders import extract_answer, grade
@@ -68,11 +68,15 @@ def test_any_values_of_known_settings(tmp_path, chosen):
     taken_or_refused(lambda: load_config(tmp_path / "plain.toml", [line.replace(" = ", "=", 1) for line in lines]))
 
 
+def data(path):
+    return DataSection(train=str(path), max_prompt_length=100)
+
+
 @bounded
 @given(rows=st.lists(JSON | st.fixed_dictionaries({"prompt": JSON}, optional={"answer": JSON}), max_size=3))
 def test_any_json_as_prompts(tmp_path, tokenizer, rows):  # noqa: F811
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    taken_or_refused(lambda: load_prompts(tmp_path / "a.jsonl", tokenizer, max_prompt_length=100))
+    taken_or_refused(lambda: load_prompts(data(tmp_path / "a.jsonl"), tokenizer))
 
 
 @bounded
@@ -80,7 +84,7 @@ def test_any_json_as_prompts(tmp_path, tokenizer, rows):  # noqa: F811
 def test_any_bytes_as_prompts(tmp_path, tokenizer, content):  # noqa: F811
     for name in ("a.jsonl", "a.parquet"):
         (tmp_path / name).write_bytes(content)
-        taken_or_refused(lambda name=name: load_prompts(tmp_path / name, tokenizer, max_prompt_length=100))
+        taken_or_refused(lambda name=name: load_prompts(data(tmp_path / name), tokenizer))
 
 
 @bounded

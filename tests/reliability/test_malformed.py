@@ -24,7 +24,7 @@ from safetensors.torch import save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from prune_opd.config import load_config
+from prune_opd.config import DataSection, load_config
 from prune_opd.data.prompts import load_prompts
 from prune_opd.errors import CheckpointError, ConfigError, DataError, PruneOPDError, RunDirectoryError, StorageError
 from prune_opd.training import checkpoint as checkpoint_module
@@ -275,7 +275,7 @@ TABLES = {
 
 
 def load(path, tokenizer):
-    return load_prompts(path, tokenizer, max_prompt_length=1000)
+    return load_prompts(DataSection(train=str(path), max_prompt_length=1000), tokenizer)
 
 
 @pytest.mark.parametrize("line", LINES, ids=lambda v: v[:50])
@@ -331,7 +331,7 @@ def test_a_source_that_is_no_file(tmp_path, tokenizer, source, monkeypatch):
 def test_a_prompt_of_ten_megabytes_is_counted_not_trained_on(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text(f'{GOOD}\n{{"prompt": "{"1 + " * 2_500_000}"}}\n')
     found = load(tmp_path / "a.jsonl", tokenizer)
-    assert len(found) == 1 and found.dropped_too_long == 1
+    assert len(found.prompts) == 1 and found.dropped_too_long == 1
 
 
 # ---- checkpoints and run directories ----

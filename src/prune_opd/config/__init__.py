@@ -1,5 +1,7 @@
 """Every setting of a run, how a recipe is read, and what may not be combined."""
 
+from prune_opd.config.load import load_config, parse_config, setting_names
+from prune_opd.config.rules import settings_without_effect
 from prune_opd.config.schema import (
     Config,
     ControlSection,
@@ -19,10 +21,6 @@ from prune_opd.config.schema import (
     TrackingSection,
     TrainingSection,
     VLLMServerSection,
-    load_config,
-    parse_config,
-    setting_names,
-    settings_without_effect,
 )
 
 __all__ = [

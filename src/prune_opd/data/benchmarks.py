@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -57,7 +56,6 @@ def load_benchmark(
     split: str = "test",
     num_problems: int | None = None,
     prompt_suffix: str | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Sequence[Prompt]:
     """The problems of a benchmark as prompts, the first `num_problems` or all.
 
@@ -70,47 +68,31 @@ def load_benchmark(
     A name is looked for in `data_dir` first: amc23_40.parquet, amc23-40.jsonl, a folder AMC23-40 and so on; then on
     the Hub. DataError when there are more or fewer problems than the benchmark has, or some without a gold answer.
     """
-    if name_or_path.startswith((TASK_PREFIX, GYM_PREFIX)):
-        data = DataSection(
-            train=name_or_path,
-            prompt_suffix=prompt_suffix or "",
-            max_prompt_length=NO_LIMIT,
-            chat_template_kwargs=dict(chat_template_kwargs or {}),
-        )
-        return held_out_prompts(name_or_path, data, tokenizer, count=num_problems or ENDLESS_PROBLEMS)
-
-    known = {_plain(name): name for name in BENCHMARKS}
-    name = None if Path(name_or_path).exists() else known.get(_plain(name_or_path))
-    suffix = prompt_suffix if prompt_suffix is not None else BOXED_SUFFIX if name else ""
-
-    def load(source: str | Path, **columns: str) -> tuple[Prompt, ...]:
-        return load_prompts(
-            source,
-            tokenizer,
-            prompt_suffix=suffix,
-            max_prompt_length=NO_LIMIT,
-            chat_template_kwargs=chat_template_kwargs,
-            **{"split": split, **columns},
-        ).prompts
-
+    endless = name_or_path.startswith((TASK_PREFIX, GYM_PREFIX))
+    as_it_is = endless or Path(name_or_path).exists()
+    name = None if as_it_is else {_plain(known): known for known in BENCHMARKS}.get(_plain(name_or_path))
+    if prompt_suffix is None:
+        prompt_suffix = BOXED_SUFFIX if name else ""
+    data = DataSection(train=name_or_path, split=split, prompt_suffix=prompt_suffix, max_prompt_length=NO_LIMIT)
     if name is None:
-        if not Path(name_or_path).exists() and not re.search(r"[/.]", name_or_path):
+        if not as_it_is and not re.search(r"[/.]", name_or_path):
             raise DataError(
                 f"{name_or_path!r} is no benchmark, file or folder; there are {', '.join(BENCHMARKS)}, "
                 f"{TASK_PREFIX}chain_sum, {GYM_PREFIX}NAME, a path, and Hub ids (owner/name)"
             )
-        return load(name_or_path)[:num_problems]
+        if num_problems is None:
+            num_problems = ENDLESS_PROBLEMS if endless else NO_LIMIT
+        return held_out_prompts(name_or_path, data, tokenizer, count=num_problems)
+
     benchmark = BENCHMARKS[name]
     local = _find(name, Path(data_dir).expanduser()) if data_dir is not None else None
-    if local is not None:
-        prompts = load(local)
-    else:
-        prompts = load(
-            benchmark.hub_id,
-            split=benchmark.split,
-            prompt_column=benchmark.prompt_column,
-            answer_column=benchmark.answer_column,
-        )
+    on_the_hub = {
+        "train": benchmark.hub_id,
+        "split": benchmark.split,
+        "prompt_column": benchmark.prompt_column,
+        "answer_column": benchmark.answer_column,
+    }
+    prompts = load_prompts(data.model_copy(update={"train": str(local)} if local else on_the_hub), tokenizer).prompts
     if len(prompts) != benchmark.problems:
         raise DataError(
             f"{local or benchmark.hub_id}: {len(prompts)} problems, but {name} has {benchmark.problems}; it is another "

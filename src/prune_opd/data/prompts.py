@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import datasets
 import jinja2
@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
+from prune_opd.config import DataSection
 from prune_opd.errors import DataError, MissingColumnError
 from prune_opd.types import Prompt
 
@@ -39,77 +40,52 @@ class PromptSet:
     prompts: tuple[Prompt, ...]
     dropped_too_long: int
 
-    def __len__(self) -> int:
-        return len(self.prompts)
 
-    @overload
-    def __getitem__(self, index: int) -> Prompt: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Prompt, ...]: ...
-    def __getitem__(self, index: int | slice) -> Prompt | tuple[Prompt, ...]:
-        return self.prompts[index]
+def load_prompts(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+    """Read, render and tokenise the prompts of `data.train`.
 
-
-def load_prompts(
-    source: str | Path,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    split: str = "train",
-    prompt_column: str | None = None,
-    answer_column: str | None = None,
-    prompt_suffix: str = "",
-    max_prompt_length: int,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> PromptSet:
-    """Read, render and tokenise the prompts of `source`.
-
-    source: a JSONL or parquet file (taken whole, whatever `split` says), a folder of those or one written by
+    data.train: a JSONL or parquet file (taken whole, whatever `data.split` says), a folder of those or one written by
     `save_to_disk`, or a Hub id (`owner/name`, or `owner/name:config`).
 
-    The prompt is a string or a chat list of {role, content}, in `prompt_column` or else the first of
-    `prompt`, `messages`, `problem`, `question` that a row has. Assistant turns at the end of a chat are the
-    answer, not the prompt, and are left out. Chats go through the tokenizer's chat template with a generation
-    prompt; so do strings, as one user turn, when the tokenizer has a template; without one they are tokenised
-    as they are.
+    The prompt is a string or a chat list of {role, content}, in `prompt_column` or else the first of `prompt`,
+    `messages`, `problem`, `question` that a row has. Assistant turns at the end of a chat are the answer and are left
+    out. A chat goes through the tokenizer's chat template with a generation prompt. So does a string, as one user
+    turn, when the tokenizer has a template; without one it is tokenised as it is.
 
     The gold answer is `answer_column` (a dot reaches into a struct), or else `reward_model.ground_truth` or
     `answer` where that is text or a number. Of worked answers that end in `#### N`, N is kept, without
     thousands separators.
 
-    prompt_suffix goes after the string or the last user turn, with a space if neither brings white space,
-    unless the text ends with it already. Prompts of more than max_prompt_length tokens are left out and
-    counted.
+    `prompt_suffix` goes after the string or the last user turn, with a space if neither brings white space, unless the
+    text ends with it already. Prompts of more than `max_prompt_length` tokens are left out and counted.
 
     Raises DataError, or MissingColumnError, that names the file and line or row.
     """
     texts, answers, sources = [], [], []
-    for where, row in _rows(str(source), split):
-        name, prompt = _prompt(where, row, prompt_column)
-        texts.append(
-            render(f"{where}, column {name!r}", prompt, tokenizer, suffix=prompt_suffix, template=chat_template_kwargs)
-        )
-        answers.append(_answer(where, row, answer_column))
+    for where, row in _rows(data.train, data.split):
+        name, prompt = _prompt(where, row, data.prompt_column)
+        texts.append(render(f"{where}, column {name!r}", prompt, tokenizer, data))
+        answers.append(_answer(where, row, data.answer_column))
         sources.append(where)
     if not texts:
-        raise DataError(f"{source}: there is no row in it; expected one prompt a row")
+        raise DataError(f"{data.train}: there is no row in it; expected one prompt a row")
 
     # No token is longer than the longest of the vocabulary: what cannot fit is not tokenised, since megabytes without a
     # space take minutes and gigabytes.
-    most = max_prompt_length * max(map(len, tokenizer.get_vocab()))
+    longest = data.max_prompt_length
+    most = longest * max(map(len, tokenizer.get_vocab()))
     may_fit = [i for i, text in enumerate(texts) if len(text) <= most]
     tokens = dict(zip(may_fit, tokenize([texts[i] for i in may_fit], tokenizer), strict=True))
     for i, ids in tokens.items():
         if not ids:
             raise DataError(f"{sources[i]}: the tokenizer makes no token of this prompt; remove the row")
     prompts = tuple(
-        Prompt(texts[i], tuple(ids), answers[i], sources[i])
-        for i, ids in tokens.items()
-        if len(ids) <= max_prompt_length
+        Prompt(texts[i], tuple(ids), answers[i], sources[i]) for i, ids in tokens.items() if len(ids) <= longest
     )
     if not prompts:
-        shortest = min(map(len, tokens.values()), default=min(map(len, texts)) * max_prompt_length // most)
+        shortest = min(map(len, tokens.values()), default=min(map(len, texts)) * longest // most)
         raise DataError(
-            f"{source}: all {len(texts)} prompts have more than {max_prompt_length} tokens, the shortest "
+            f"{data.train}: all {len(texts)} prompts have more than {longest} tokens, the shortest "
             f"{'' if tokens else 'at least '}{shortest}; raise data.max_prompt_length to at least that"
         )
     return PromptSet(prompts, dropped_too_long=len(texts) - len(prompts))
@@ -146,7 +122,11 @@ def _file_rows(path: Path) -> Iterator[Row]:
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
     """One object a line; empty lines are skipped. `datasets` would not say which line is broken."""
-    for number, line in enumerate(_read(path).split(b"\n"), start=1):
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from error
+    for number, line in enumerate(lines, start=1):
         where = f"{path}:{number}"
         try:
             text = line.decode("utf-8-sig").strip()
@@ -174,13 +154,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
@@ -333,24 +306,17 @@ def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[l
     return tokenizer(list(texts), add_special_tokens=not tokenizer.chat_template)["input_ids"]
 
 
-def render(
-    where: str,
-    prompt: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    suffix: str = "",
-    template: Mapping[str, Any] | None = None,
-) -> str:
-    """The text that the model sees of `prompt`, a string or a chat; see `load_prompts`. `template`: its variables."""
+def render(where: str, prompt: Any, tokenizer: PreTrainedTokenizerBase, data: DataSection) -> str:
+    """The text that the model sees of `prompt`, a string or a chat (see `load_prompts`); `where` is for errors."""
     if isinstance(prompt, str):
         _check_text(where, prompt)
-        text = _with_suffix(prompt, suffix)
+        text = _with_suffix(prompt, data.prompt_suffix)
         if not tokenizer.chat_template:
             return text
         chat = [{"role": "user", "content": text}]
     elif isinstance(prompt, Sequence):
         chat = _chat(where, prompt)
-        chat[-1]["content"] = _with_suffix(chat[-1]["content"], suffix)
+        chat[-1]["content"] = _with_suffix(chat[-1]["content"], data.prompt_suffix)
         if not tokenizer.chat_template:
             raise DataError(
                 f"{where}: the prompt is a chat, but the tokenizer has no chat template to write it with; "
@@ -361,7 +327,9 @@ def render(
             f"{where}: expected text or a chat list of {{role, content}}, got {_kind(prompt)}; repair the row"
         )
     try:
-        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **(template or {}))
+        return tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=True, **data.chat_template_kwargs
+        )
     except jinja2.TemplateError as error:
         roles = ", ".join(turn["role"] for turn in chat)
         raise DataError(

@@ -94,21 +94,23 @@ class GymSource:
     def batch(self, step: int, count: int) -> Sequence[Prompt]:
         """See `PromptSource.batch`; problems that are too long are replaced by others."""
         seeds = training_seeds(self.seed, step)
-        return gym_prompts(self.data.train, self.data, self.tokenizer, seeds=seeds, count=count)
+        return gym_prompts(self.data, self.tokenizer, seeds=seeds, count=count)
 
 
 def gym_prompts(
-    task: str, data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seeds: Iterable[int], count: int
+    data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seeds: Iterable[int], count: int
 ) -> list[Prompt]:
-    """The first `count` problems of `seeds` whose prompts have at most `data.max_prompt_length` tokens."""
+    """The first `count` problems of task `data.train` from `seeds` whose prompts are short enough.
+
+    Raises DataError when so many prompts have more than `data.max_prompt_length` tokens that the search gives up.
+    """
+    task = data.train
     found: list[Prompt] = []
     lengths: list[int] = []
     for tried, seed in enumerate(seeds, start=1):
         source = f"{task} seed {seed}"
         _, entry = gym_problem(task, seed)
-        text = render(
-            source, entry["question"], tokenizer, suffix=data.prompt_suffix, template=data.chat_template_kwargs
-        )
+        text = render(source, entry["question"], tokenizer, data)
         (ids,) = tokenize([text], tokenizer)
         lengths.append(len(ids))
         if len(ids) <= data.max_prompt_length:
@@ -132,7 +134,7 @@ def training_prompts(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, s
         return TaskSource(tokenizer, seed=seed)
     if data.train.startswith(GYM_PREFIX):
         return GymSource(data, tokenizer, seed=seed)
-    loaded = _load(data.train, data, tokenizer)
+    loaded = load_prompts(data, tokenizer)
     return DatasetSource(loaded.prompts, seed=seed, dropped_too_long=loaded.dropped_too_long)
 
 
@@ -143,25 +145,13 @@ def held_out_prompts(
 
     `data` says how they are read and written, and which split they are from unless `split` does.
     """
+    data = data.model_copy(update={"train": source, "split": split or data.split})
     if source.startswith(TASK_PREFIX):
         _check_task(source, "evaluation.data")
         return task_prompts("held_out", tokenizer, seed=0, count=count)
     if source.startswith(GYM_PREFIX):
-        return gym_prompts(source, data, tokenizer, seeds=range(HELD_OUT_SEEDS), count=count)
-    return _load(source, data.model_copy(update={"split": split or data.split}), tokenizer).prompts[:count]
-
-
-def _load(source: str, data: DataSection, tokenizer: PreTrainedTokenizerBase):
-    return load_prompts(
-        source,
-        tokenizer,
-        split=data.split,
-        prompt_column=data.prompt_column,
-        answer_column=data.answer_column,
-        prompt_suffix=data.prompt_suffix,
-        max_prompt_length=data.max_prompt_length,
-        chat_template_kwargs=data.chat_template_kwargs,
-    )
+        return gym_prompts(data, tokenizer, seeds=range(HELD_OUT_SEEDS), count=count)
+    return load_prompts(data, tokenizer).prompts[:count]
 
 
 def _check_task(name: str, setting: str) -> None:

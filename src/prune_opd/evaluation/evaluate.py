@@ -59,10 +59,10 @@ def evaluate(
 ) -> Evaluation:
     """Sample k answers to each prompt and grade them.
 
-    The random numbers depend on `seed` alone, so that two checkpoints, or two arms, differ by their weights alone. All
-    problems are sampled in one go unless `problems_at_once` says how many; on_progress(problems done, right answers so
-    far) is called after each go. responses_path: every answer goes there as one JSON line, as soon as it is graded.
-    Ranks share the problems and know the whole result; on_progress and responses_path see a rank's own.
+    The random numbers depend on `seed` alone, so that two checkpoints, or two arms, differ by their weights alone.
+    problems_at_once: how many problems are sampled in one go; all of them when unset. on_progress(problems done, right
+    answers so far) is called after each go. responses_path: every answer is written there as one JSON line, as soon as
+    it is graded. Ranks share the problems and know the whole result; on_progress and responses_path see a rank's own.
     DataError when a prompt has nothing to grade against.
     """
     ungraded = next((p for p in prompts if not p.is_gradable), None)
@@ -74,8 +74,7 @@ def evaluate(
         )
     began, sample_seconds = time.perf_counter(), 0.0
     k, at_once = settings.k, problems_at_once or len(prompts)
-    right = np.zeros((len(prompts), k), dtype=bool)
-    lengths, finished = np.zeros((len(prompts), k), dtype=int), np.zeros((len(prompts), k), dtype=bool)
+    right, lengths, finished = np.zeros((3, len(prompts), k), dtype=int)
     with ExitStack() as stack:
         file = stack.enter_context(responses_path.open("w", encoding="utf-8")) if responses_path else None
         mine = range(world.rank, len(prompts), world.size)
@@ -93,16 +92,15 @@ def evaluate(
             lengths[batch] = rollouts.lengths.reshape(-1, k).cpu()
             finished[batch] = rollouts.finished.reshape(-1, k).cpu()
             sample_seconds += time.perf_counter() - sampling_began
-            for row, text in enumerate(response_texts(rollouts, tokenizer)):
-                problem, sample = batch[row // k], row % k
-                prompt = prompts[problem]
-                right[problem, sample] = is_right(prompt, text)
+            for number, text in zip(numbers, response_texts(rollouts, tokenizer), strict=True):
+                problem, sample = divmod(number, k)
+                right[problem, sample] = is_right(prompts[problem], text)
                 if file:
                     record = {
                         "problem": problem,
                         "sample": sample,
-                        "source": prompt.source,
-                        "gold": prompt.answer,
+                        "source": prompts[problem].source,
+                        "gold": prompts[problem].answer,
                         "response": text,
                         "right": bool(right[problem, sample]),
                         "length": int(lengths[problem, sample]),
@@ -112,8 +110,14 @@ def evaluate(
             on_progress(start + len(batch), int(right.sum()))
     # What a rank did not sample is zero there.
     right, lengths, finished = (sum(parts) for parts in zip(*world.gather((right, lengths, finished)), strict=True))
-    per_problem, counts = right.mean(axis=1), right.sum(axis=1)
-    chances = {j: [pass_at_k(k, int(c), j) for c in counts] for j in _powers_of_two_and(k)}
+    return _summary(right, lengths, finished, seconds=time.perf_counter() - began, sample_seconds=sample_seconds)
+
+
+def _summary(right: np.ndarray, lengths: np.ndarray, finished: np.ndarray, **seconds: float) -> Evaluation:
+    """The scores of (problems, k) answers."""
+    k, per_problem = right.shape[1], right.mean(axis=1)
+    ks = sorted({2**i for i in range(k.bit_length())} | {k})  # 1, 2, 4 ... and k
+    chances = {j: [pass_at_k(k, int(count), j) for count in right.sum(axis=1)] for j in ks}
     return Evaluation(
         accuracy=float(per_problem.mean()),
         ci95=bootstrap_ci95(per_problem),
@@ -123,8 +127,7 @@ def evaluate(
         mean_length=float(lengths.mean()),
         eos_rate=float(finished.mean()),
         tokens=int(lengths.sum()),
-        seconds=time.perf_counter() - began,
-        sample_seconds=sample_seconds,
+        **seconds,
     )
 
 
@@ -148,7 +151,3 @@ def response_texts(rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase) -> It
     """The text of each rollout's kept tokens, special tokens left out: what is graded."""
     for ids, length in zip(rollouts.response_ids.tolist(), rollouts.lengths.tolist(), strict=True):
         yield tokenizer.decode(ids[:length], skip_special_tokens=True)
-
-
-def _powers_of_two_and(k: int) -> list[int]:
-    return sorted({2**i for i in range(k.bit_length())} | {k})

@@ -1,16 +1,16 @@
 """Is the answer that a response states the gold one?
 
-Only a stated answer counts. In this order: the last `\\boxed{...}`, the last `#### ...` (GSM8K), the last
-line `Answer: ...` (what the DAPO prompts ask for). A response that states none is wrong: the last stray
-number of a rambling text is right often enough by chance to blur a comparison of two models.
+Only a stated answer counts. In this order: the last `\\boxed{...}`, the last `#### ...` (GSM8K), the last line
+`Answer: ...` (what the DAPO prompts ask for). A response that states none is wrong. The last stray number of a rambling
+text will not do: it is right by chance so often that it blurs a comparison of two models.
 
-Plain numbers and equal strings are compared here; the rest goes to math-verify. It parses LaTeX into SymPy,
-which some answers (9^{9^{9^9}}) keep busy for ever or until memory is gone, so it runs in a process of its
-own, with limited memory and processor time. The kernel counts the processor's seconds and ends that process, in the
-middle of a product of huge numbers too; seconds of a clock would call right answers wrong on a busy machine. The
-verifiers of reasoning-gym run in another such process.
+Plain numbers and equal strings are compared here. The rest goes to math-verify, which parses LaTeX into SymPy. Some
+answers (9^{9^{9^9}}) keep SymPy busy for ever or until memory is gone. So it runs in a process of its own, with limited
+memory and processor time. The kernel counts the processor's seconds and ends that process, even in the middle of a
+product of huge numbers; a limit in seconds of the clock would call right answers wrong on a busy machine. The verifiers
+of reasoning-gym run in another such process.
 
-This file is those processes' program too, so importing it must not import torch.
+This file is the program of those processes too, so importing it must not import torch.
 """
 
 from __future__ import annotations
@@ -53,7 +53,6 @@ _ANSWER_LINE = re.compile(r"(?im)^[ \t*_]*+(?:final[ \t]+)?answer[ \t*_]*+:[ \t*
 _NUMBER = re.compile(r"[-+]?(?:(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.[0-9]*)?|\.[0-9]+)")
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf)|mbox)\s*\{([^{}]*)\}")
 _WORDS = re.compile(r"[a-z][a-z '-]*")
-_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 
 
 def is_right(prompt: Prompt, response: str) -> bool:
@@ -68,10 +67,10 @@ def is_right(prompt: Prompt, response: str) -> bool:
 def grade(response: str, gold: str) -> bool:
     """Whether `response` states an answer equal to `gold`, a number or LaTeX, bare or in \\boxed{}.
 
-    Mathematical equality, as math-verify sees it: forms (1/2, 0.5, \\frac12), units, percent signs, bases
-    (52_8) and variable names in front (x = 5) do not matter. No text makes it raise: an answer that cannot be
-    parsed, or on which math-verify dies or takes more than `VERIFY_SECONDS` of the processor, is wrong; the first of
-    each of these last two is logged. RuntimeError if math-verify does not start at all.
+    Equal means equal to math-verify: forms (1/2, 0.5, \\frac12), units, percent signs, bases (52_8) and variable names
+    in front (x = 5) do not matter. No text makes it raise. An answer is wrong that cannot be parsed, or on which
+    math-verify dies or takes more than `VERIFY_SECONDS` of the processor; the first death and the first such delay are
+    logged. RuntimeError if math-verify does not start at all.
     """
     answer = extract_answer(response)
     if answer is None or len(answer) > MAX_ANSWER_CHARS:
@@ -91,10 +90,9 @@ def grade(response: str, gold: str) -> bool:
 def grade_gym(response: str, *, task: str, seed: int) -> bool:
     """Whether `response` solves the reasoning-gym problem (task, seed): its own verifier gives 1 or more.
 
-    The answer is what stands in the last closed <answer> tag; else what `extract_answer` finds; else the last
-    line that is not empty, so that answers of several lines need the tags. A \\boxed{} and \\text{} around it are
-    taken off. No text makes it raise: where the verifier raises, dies or takes more than `GYM_VERIFY_SECONDS`,
-    the answer is wrong.
+    The answer is what stands in the last closed <answer> tag, else what `extract_answer` finds, else the last line that
+    is not empty. So an answer of several lines needs the tags. A \\boxed{} and \\text{} around it are taken off. No
+    text makes it raise: where the verifier raises, dies or takes more than `GYM_VERIFY_SECONDS`, the answer is wrong.
 
     Some of those verifiers run the answer as Python code. Their process may start no program, open no connection
     and change no file; that stops accidents, not an attacker.
@@ -138,13 +136,9 @@ def _last_box(text: str) -> str | None:
 
 def _last_tag(text: str) -> str | None:
     """What stands between the last <answer> that is closed and its </answer>."""
-    start, contents = None, None
-    for token in _TAG.finditer(text):
-        if not token[1]:
-            start = token.end()
-        elif start is not None:
-            start, contents = None, text[start : token.start()].strip()
-    return contents
+    opened = re.split("<answer>", text, flags=re.IGNORECASE)[1:]
+    closed = (re.split("</answer>", rest, maxsplit=1, flags=re.IGNORECASE) for rest in reversed(opened))
+    return next((parts[0].strip() for parts in closed if len(parts) == 2), None)
 
 
 def _tidy(answer: str) -> str:

@@ -1,0 +1,220 @@
+"""What a recipe may not combine, what it may not hold, and which of its settings nothing reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from operator import attrgetter
+from typing import Any
+
+from prune_opd.config.schema import Config
+
+SECRET = re.compile(
+    r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|xox[abp]-[\w-]{10,}"
+    r"|AKIA[A-Z0-9]{16}\b|eyJ[\w-]{10,}\.[\w-]{10,}\.)|://[^/\s:@]*:[^/\s@]+@|\bBearer\s+\S{8,}"
+)
+
+# A run reads these even where it reads nothing else of their section: `section.*` in `_unread` leaves them out.
+SWITCHES = {"enable", "function", "data", "train", "max_prompt_length"}
+
+
+def settings_without_effect(config: Config) -> Iterator[tuple[str, str]]:
+    """Settings that were written down but that nothing will read, with the reason."""
+    for setting, reason in _unread(config):
+        section, _, name = setting.rpartition(".")
+        for written in sorted(attrgetter(section)(config).model_fields_set):
+            if written == name or (name == "*" and written not in SWITCHES):
+                yield f"{section}.{written}", reason
+
+
+def _unread(config: Config) -> Iterator[tuple[str, str]]:
+    """Settings that a run of `config` does not read, written down or not, and why; `section.*` is a whole section."""
+    pruning, rollout, model, reward = config.pruning, config.rollout, config.model, config.reward
+    if not pruning.enable:
+        yield "pruning.*", "pruning.enable is false"
+    else:
+        if pruning.metric == "teacher_top_p_accept":
+            yield "pruning.threshold", "metric teacher_top_p_accept uses teacher_top_p"
+        else:
+            yield "pruning.teacher_top_p", f"metric is {pruning.metric}"
+        if not pruning.in_flight.enable:
+            yield "pruning.in_flight.*", "pruning.in_flight.enable is false"
+        if not pruning.repetition.enable:
+            yield "pruning.repetition.*", "pruning.repetition.enable is false"
+        if not pruning.dynamic_response_length.enable:
+            yield "pruning.dynamic_response_length.*", "dynamic_response_length.enable is false"
+        if not pruning.reweight:
+            yield "pruning.w_base", "pruning.reweight is false"
+
+    if not rollout.use_vllm:
+        yield "rollout.vllm_gpu_memory_utilization", "rollout.use_vllm is false"
+        yield "rollout.vllm_server_url", "rollout.use_vllm is false"
+        if not config.samples_from_copy:
+            reason = "without rollout.use_vllm, ahead or another dtype the policy that is trained samples"
+            yield "rollout.importance_sampling_cap", reason
+    elif rollout.vllm_server_url is not None:
+        yield "rollout.vllm_gpu_memory_utilization", "rollout.vllm_server_url is set, so the servers chose it"
+    if rollout.vllm_server_url is None:
+        yield "rollout.vllm_server.*", "rollout.vllm_server_url is not set"
+    if rollout.dtype == model.dtype:
+        yield "rollout.dtype", f"the student's weights are {model.dtype} already (model.dtype)"
+
+    if model.teacher_model_server_url is None:
+        reason = "model.teacher_model_server_url is not set, so the teacher runs in this process"
+        yield "model.teacher_server.*", reason
+    else:
+        yield "model.teacher_dtype", "the teacher is served; its server chose the type"
+
+    if reward.function is None:
+        yield "reward.*", "reward.function is not set, so there is no task reward"
+    elif reward.after_drift == "task_only" and not pruning.enable:
+        yield "reward.after_drift", "pruning.enable is false, so nothing drifts"
+    elif reward.after_drift == "task_only" and pruning.in_flight.enable:
+        reason = "pruning.in_flight ends rollouts where their reliability does (audit rollouts apart)"
+        yield "reward.after_drift", reason
+
+    loss = config.objective.loss
+    if loss != "topk_reverse_kl":
+        yield "objective.reward_weight_mode", f"loss is {loss}"
+        yield "objective.top_k_strategy", f"loss is {loss}"
+    if loss != "jsd":
+        yield "objective.jsd_beta", f"loss is {loss}"
+    if config.objective.vocabulary_loss:
+        yield "model.liger_head", f"loss is {loss}, which needs all logits"
+
+    if config.evaluation.data is None:
+        yield "evaluation.*", "evaluation.data is not set, so nothing is evaluated"
+    elif config.evaluation.data.startswith(("task:", "reasoning_gym:")):
+        yield "evaluation.split", "the task of evaluation.data has held-out problems of its own"
+    if config.data.train.startswith("task:"):
+        yield "data.*", "the embedded task makes its own prompts"
+
+
+def conflicts(config: Config) -> Iterator[str]:
+    """What in the settings contradicts itself or was not built, and what to change."""
+    yield from _window_conflicts(config)
+    yield from _server_conflicts(config)
+    yield from _reward_conflicts(config)
+    yield from _control_conflicts(config)
+    yield from _training_conflicts(config)
+
+
+def _window_conflicts(config: Config) -> Iterator[str]:
+    if not config.window_is_dynamic:
+        return
+    window, budget = config.pruning.dynamic_response_length, config.rollout.max_completion_length
+    if not window.min_len <= window.init_len <= window.max_len:
+        yield (
+            "pruning.dynamic_response_length needs min_len <= init_len <= max_len, got "
+            f"{window.min_len}, {window.init_len}, {window.max_len}; change the one that is out of order"
+        )
+    if window.max_len > budget:
+        yield (
+            f"pruning.dynamic_response_length.max_len = {window.max_len} is above "
+            f"rollout.max_completion_length = {budget}; lower it or raise the other"
+        )
+
+
+def _server_conflicts(config: Config) -> Iterator[str]:
+    model, objective = config.model, config.objective
+    if model.teacher_model_server_url is not None:
+        if model.teacher_model_server_url == []:
+            yield "model.teacher_model_server_url lists no server; name one, or leave it out"
+        if config.calibrates:
+            yield (
+                'pruning.threshold = "auto" has the teacher write responses, which a served one is not asked '
+                "to; set a number, for example one that a run on fewer steps with the teacher in this process found"
+            )
+        if model.teacher_server.top_logprobs < objective.top_k:
+            yield (
+                f"model.teacher_server.top_logprobs = {model.teacher_server.top_logprobs} is below objective.top_k "
+                f"= {objective.top_k}: the teacher's candidates would be cut; raise it, and the servers' --max-logprobs"
+            )
+        if objective.vocabulary_loss:
+            yield (
+                f"objective.loss = {objective.loss!r} needs the teacher's logits over the whole vocabulary, "
+                "which a server does not send; use topk_reverse_kl or sampled_token, or leave out "
+                "model.teacher_model_server_url"
+            )
+    if config.rollout.vllm_server_url == []:
+        yield "rollout.vllm_server_url lists no server; name one, or leave it out"
+
+
+def _reward_conflicts(config: Config) -> Iterator[str]:
+    function, siblings = config.reward.function, config.rollout.num_generations
+    if function is None:
+        return
+    if function != "grade" and not re.fullmatch(r"[\w.]+:[\w.]+", function):
+        yield (
+            f"reward.function = {function!r} is no import path; write package.module:name, or grade for "
+            "the built-in graders"
+        )
+    if siblings < 2:
+        yield (
+            f"reward.function needs rollout.num_generations >= 2, got {siblings}: a "
+            "rollout is compared with others of its prompt; raise it, or take the reward out"
+        )
+
+
+def _control_conflicts(config: Config) -> Iterator[str]:
+    control, budget = config.control, config.rollout.max_completion_length
+    for name, entries in control:
+        if entries is not None and len(entries) < config.training.steps:
+            yield (
+                f"control.{name} has {len(entries)} entries for training.steps = {config.training.steps}; "
+                "it needs one for each step"
+            )
+    if control.lengths and max(control.lengths) > budget:
+        yield (
+            f"control.lengths goes up to {max(control.lengths)}, above rollout.max_completion_length = "
+            f"{budget}; lower the one or raise the other"
+        )
+    if control.lengths and config.window_is_dynamic:
+        yield (
+            "control.lengths and the training window both set the length; switch the window off with "
+            "pruning.dynamic_response_length.enable = false, or pruning.enable = false"
+        )
+    if control.kept_tokens and config.weighs_tokens:
+        yield (
+            "control.kept_tokens and reliability both set the weights; set pruning.reweight = false, or "
+            "pruning.enable = false"
+        )
+
+
+def _training_conflicts(config: Config) -> Iterator[str]:
+    training, rollout = config.training, config.rollout
+    if config.samples_from_copy and (rollout.use_vllm or training.parallel == "fsdp2"):
+        setting = "rollout.ahead" if rollout.ahead else "rollout.dtype"
+        other = "rollout.use_vllm" if rollout.use_vllm else 'training.parallel = "fsdp2"'
+        yield (
+            f"{setting} needs a copy of the whole student to sample from, which {other} does not have; "
+            "leave one of them out"
+        )
+    if config.model.compile and training.parallel == "fsdp2":
+        yield (
+            'model.compile = true was not built for training.parallel = "fsdp2", whose weights come and go '
+            "within a forward; leave one of them out"
+        )
+    if training.warmup_steps >= training.steps:
+        yield (
+            f"training.warmup_steps = {training.warmup_steps} leaves none of training.steps = "
+            f"{training.steps} at the full learning rate; use fewer warm-up steps"
+        )
+    if training.keep_every is not None and training.keep_every % training.save_every:
+        yield (
+            f"training.keep_every = {training.keep_every} is no multiple of training.save_every = "
+            f"{training.save_every}, so the checkpoints to keep would never be written; change one of them"
+        )
+
+
+def secrets(value: Any, name: str = "") -> Iterator[str]:
+    """Dotted names of the texts in nested settings that look like a password or a key."""
+    if isinstance(value, str):
+        if SECRET.search(value):
+            yield name
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from secrets(inner, f"{name}.{key}".removeprefix("."))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from secrets(inner, name)
