@@ -1,4 +1,4 @@
-"""The next step's rollouts, sampled in a thread while the student is updated: off unless `rollout.ahead` says so.
+"""The next step's rollouts, sampled in a thread while the student is updated: only with `rollout.ahead`.
 
 Their policy is one update old, always one and never more: staleness 1. It is a copy of the student's weights, taken as
 the update begins; the first step has none before it, and is sampled from the copy on its own policy. How far the copy

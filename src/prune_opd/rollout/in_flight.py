@@ -34,7 +34,7 @@ def audited(seed: int, step: int, rollouts: Sequence[int], share: float) -> Tens
 
 
 class InFlightStop:
-    """A `Watcher` that ends rollouts whose reliability is spent. `scores` holds all that the teacher said meanwhile."""
+    """A `Watcher` that ends rollouts whose reliability is spent. `scores` holds the teacher's scores so far."""
 
     def __init__(self, stream: TeacherStream, pruning: PruningSection, audit: Tensor, watch: Stopwatch) -> None:
         settings = pruning.in_flight
@@ -58,7 +58,7 @@ class InFlightStop:
         return stops
 
     def _read(self, response_ids: Tensor, student: TopK, spans: Sequence[Span]) -> dict[int, int]:
-        """Have the teacher read these tokens; which rollouts stop, and where."""
+        """Have the teacher score these tokens; returns {rollout: tokens kept} of those that stop."""
         if not spans:
             return {}
         with self.stopwatch.phase("teacher"):
@@ -110,7 +110,7 @@ class InFlightStop:
         return due
 
     def scores_of(self, width: int) -> TeacherScores:
-        """Everything the teacher said, for the first `width` response positions."""
+        """The teacher's scores of the first `width` response positions."""
         assert self.scores is not None and not self.whole
         where = slice(None), slice(width)
         return replace(
