@@ -1,8 +1,8 @@
 """The arms of `compare`, each one a change of the recipe's settings.
 
 Controls follow a finished Prune-OPD run of the same seed, their reference. What they take from it is written into their
-own settings (`control.lengths`, `control.kept_tokens`), so that an arm's config.json says all and a resume needs no
-other run.
+own settings (`control.lengths`, `control.kept_tokens`), so that an arm's config.json is complete and a resume needs
+no other run.
 """
 
 from __future__ import annotations

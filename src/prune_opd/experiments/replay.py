@@ -1,8 +1,8 @@
 """What-if: other drift settings on the compatibilities that a run has logged, without a model.
 
-Events, weights and lengths come from the functions that train (`drift_report`, `TrainingWindow`). What a log cannot
-tell: under other settings the student would have learnt other things and written other responses; and where a response
-was cut, nobody knows how it would have gone on. Where that matters, results come as two bounds.
+Events, weights and lengths come from the functions that train (`drift_report`, `TrainingWindow`). A log has
+two limits. Under other settings the student would have learnt other things and written other responses. And where a
+response was cut, its continuation is unknown; where that matters, results come as two bounds.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ def _rollouts(run: Run, budget: int) -> Iterator[dict[str, Any]]:
 
 
 def _page_rollout(record: dict[str, Any], budget: int) -> dict[str, Any]:
-    """One rollout with no more than `budget` bytes of tokens, about; a long text is cut and says so."""
+    """One rollout with no more than `budget` bytes of tokens, about; a long text is cut and marked."""
     tokens = len(record.get("token_ids", ()))
     if not tokens:  # tracking.rollout_tokens = 0, or a log of an earlier version: text alone
         return {**record, "prompt": _cut(record["prompt"]), "response": _cut(record["response"])}

@@ -30,14 +30,19 @@ def evaluation_curve(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def summary(accuracies: Sequence[float], per_problem: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Mean and deviation of an accuracy over seeds. Its interval resamples problems, each averaged over seeds."""
+    return spread(accuracies) | {"ci95": bootstrap_ci95(np.mean(per_problem, axis=0))}
+
+
 def difference(
     runs: list[dict[str, Any]], baseline: list[dict[str, Any]], quantities: Sequence[str] = QUANTITIES
 ) -> dict[str, Any]:
     """Arm minus baseline, paired by seed, for accuracy and each quantity: mean, std and t-interval over seeds.
 
     accuracy also has `ci95_problems`: the same problems with the same random numbers were put to both, so the
-    difference on each problem, averaged over seeds, is resampled. It is there with one seed too, and knows nothing of
-    how seeds differ. Seeds that only one of the two has are left out.
+    difference on each problem, averaged over seeds, is resampled. It is there with one seed too, and does not
+    include how seeds differ. Seeds that only one of the two has are left out.
     """
     theirs = {run["seed"]: run for run in baseline}
     pairs = [(run, theirs[run["seed"]]) for run in runs if run["seed"] in theirs]
