@@ -80,7 +80,7 @@ def arm_config(config: Config, arm: str, seed: int, reference: Reference | None 
                 f"arm {arm}: pruning.dynamic_response_length.enable is false; the next batch is never cut", stacklevel=2
             )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that pruning settings have no effect in other arms is the point of them
+        warnings.simplefilter("ignore")  # pruning settings have no effect in the other arms, on purpose
         return config.with_settings(**settings)
 
 

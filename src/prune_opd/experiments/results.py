@@ -15,7 +15,7 @@ from prune_opd.config import Config
 from prune_opd.reporting.run_logs import read_lines, trained
 from prune_opd.reporting.statistics import QUANTITIES, difference, evaluation_curve, seconds_to, spread, summary
 
-BASELINE = "opd"  # what arms are held against, where it is one of them
+BASELINE = "opd"  # the arm that others are compared with, if it is among them
 
 
 def run_record(run_dir: Path, seed: int, totals: dict[str, float]) -> dict[str, Any]:
@@ -36,7 +36,8 @@ def run_record(run_dir: Path, seed: int, totals: dict[str, float]) -> dict[str, 
 def write_results(output_dir: Path, config: Config, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Write `compare.json` and `compare.csv` of the runs so far, so that an interrupted comparison keeps what it has.
 
-    runs: of each arm, in order, its `run_record`s. Arms are held against opd; without it, against the first one.
+    runs: of each arm, in order, its `run_record`s. Arms are compared with opd, or with the first arm where opd is none
+    of them.
     """
     arms = {arm: summarise(arm, of_arm) for arm, of_arm in runs.items() if of_arm}
     baseline = BASELINE if BASELINE in runs else next(iter(runs))

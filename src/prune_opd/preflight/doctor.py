@@ -45,7 +45,7 @@ Tokenizers = tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check came to. failed: the recipe cannot run · warning: it can, but is it meant?"""
+    """The result of one check. failed: the recipe cannot run · warning: it can, but this may not be intended."""
 
     subject: str
     status: Status
@@ -56,7 +56,7 @@ Tell = Callable[[str, Status, str], None]
 
 
 def examine(config: Config, *, probe_prompts: int, tell: Callable[[Finding], None]) -> bool:
-    """Check a recipe, telling each finding as it is made; whether nothing failed.
+    """Check a recipe and report each finding as it is made; returns whether nothing failed.
 
     probe_prompts: prompts that both models answer; with 0, no weights are loaded.
     """

@@ -92,9 +92,7 @@ def arm_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
         row |= dict.fromkeys(("saved", "difference", "to_equal"))
         if baseline is None or row is baseline or row["same"] != baseline["same"]:
             continue
-        row["saved"] = {
-            name: _share_saved(row[name], baseline[name]) for name in ("seconds", "tokens")
-        }  # of each phase
+        row["saved"] = {name: _share_saved(row[name], baseline[name]) for name in ("seconds", "tokens")}
         if row["accuracy"] is not None and baseline["accuracy"] is not None:
             row["difference"] = _difference(of_arm[row["arm"]], of_arm[baseline["arm"]])
             row["to_equal"] = _to_equal(of_arm[row["arm"]], baseline["accuracy"])
@@ -102,7 +100,7 @@ def arm_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _difference(runs: Sequence[Run], baseline: Sequence[Run]) -> tuple[float, float, float]:
-    """Accuracy less the baseline's and its 95% interval, as `compare` states them."""
+    """Accuracy minus the baseline's, and its 95% interval, as in `compare`."""
 
     def last(run: Run) -> dict[str, Any]:
         return {"seed": run.seed, **{name: run.evaluations[-1][f"eval/{name}"] for name in ("accuracy", "per_problem")}}
@@ -112,7 +110,7 @@ def _difference(runs: Sequence[Run], baseline: Sequence[Run]) -> tuple[float, fl
 
 
 def _to_equal(runs: Sequence[Run], accuracy: float) -> float | None:
-    """Training seconds until `accuracy`, as `compare` states them; None where it never was, or seeds were not alike."""
+    """Training seconds until `accuracy`, as in `compare`; None if never, or if seeds have unlike evaluations."""
     if len({len(run.evaluations) for run in runs}) > 1:
         return None
     return seconds_to(accuracy, [{"evaluations": evaluation_curve(run.evaluations)} for run in runs])
@@ -127,7 +125,7 @@ def _arm_row(arm: str, runs: list[Run]) -> dict[str, Any]:
     tokens = {name: mean([run.total(key) for run in runs]) for name, key in PHASES.items()}
     last = [run.evaluations[-1] for run in runs if run.evaluations]
     accuracy: dict[str, Any] = {"mean": None, "std": None, "ci95": None}
-    if len(last) == len(runs):  # the interval is over problems, as `compare` states it
+    if len(last) == len(runs):  # else the mean would be over other seeds than the costs
         accuracy = summary([e["eval/accuracy"] for e in last], [e["eval/per_problem"] for e in last])
     config = runs[0].config
     return {
@@ -178,7 +176,7 @@ def verdict(arms: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def missing(run: Run) -> Iterator[str]:
-    """What a reader will not find of a run, and why."""
+    """What the page lacks of a run, and why."""
     if len(run.steps) < run.planned:
         yield f"{len(run.steps)} of {run.planned} steps are done; the rest is not in this page."
     if not run.evaluations:

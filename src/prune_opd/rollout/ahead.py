@@ -27,11 +27,11 @@ class RolloutsAhead:
         self.coming: Future[Sampled] | None = None
 
     def begin(self, step: int, max_length: int) -> None:
-        """Start on the rollouts of `step`, from the weights of this moment; after the run's last step, nothing."""
+        """Start to sample the rollouts of `step` from the current weights; does nothing after the run's last step."""
         if step < self.steps:
             self.coming = self.thread.submit(self.sample, step, max_length, self.student.refreshed())
 
     def take(self) -> Sampled | None:
-        """What was begun, when it is done, or None. Raises what sampling raised."""
+        """Wait for the rollouts that were begun; None if none were. Raises what sampling raised."""
         coming, self.coming = self.coming, None
         return coming.result() if coming else None

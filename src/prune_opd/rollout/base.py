@@ -21,10 +21,10 @@ class Watcher(Protocol):
     """Decode steps between two looks."""
 
     def watch(self, response_ids: Tensor, student: TopK, spans: Sequence[Span]) -> Mapping[int, int]:
-        """Take the new tokens, each exactly once; returns {rollout: tokens to keep} for those that stop here.
+        """Take the new tokens, each exactly once; returns {rollout: tokens to keep} for the rollouts that stop here.
 
-        response_ids (B, T) and student hold everything sampled so far. A stop may lie before a span's end: what was
-        sampled past it is thrown away, so that the result does not depend on how often the watcher looks.
+        response_ids (B, T) and student hold everything sampled so far. A stop may lie before a span's end: later
+        tokens are thrown away, so that the result does not depend on how often the watcher looks.
         """
         ...
 

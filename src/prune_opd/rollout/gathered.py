@@ -17,8 +17,8 @@ from prune_opd.types import Rollouts
 class WholeWeightsSampler(Sampler):
     """Samples with a copy of a sharded student that holds the whole weights during a call, and nothing between calls.
 
-    Token by token a sharded model would gather all its weights for each token, and ranks whose rollouts end earlier
-    would have to go on. So they are gathered once a call; then each rank samples by itself, without collectives. All
+    A sharded model would gather all its weights for each token, and ranks whose rollouts end earlier would have to go
+    on. So the weights are gathered once a call; then each rank samples by itself, without collectives. All
     ranks must call `sample` equally often, with prompts or without.
     """
 

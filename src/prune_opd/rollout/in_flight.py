@@ -44,9 +44,9 @@ class InFlightStop:
         self.events_to_stop = math.ceil((1 - pruning.positive_eps) / w_drop) if w_drop else math.inf
         self.monitor = DriftMonitor(len(audit), w_drop=w_drop, eps=pruning.positive_eps)
         self.scores: TeacherScores | None = None
-        self.unscored: dict[int, int] = {}  # rollout -> its first token that waits for the next look that is worth it
+        self.unscored: dict[int, int] = {}  # rollout -> its first token that is not scored yet
         self.running = len(audit)
-        self.whole: list[Span] = []  # rollouts that ended before anyone read them; the teacher reads them last, packed
+        self.whole: list[Span] = []  # rollouts that ended before a look; the teacher scores them last, packed
 
     def watch(self, response_ids: Tensor, student: TopK, spans: Sequence[Span]) -> Mapping[int, int]:
         """See `Watcher.watch`."""
@@ -92,9 +92,9 @@ class InFlightStop:
     def _due(self, spans: Sequence[Span]) -> list[Span]:
         """The spans to be scored now, with what waited before them; the others wait.
 
-        A token is at most one event, so a rollout with fewer new tokens than events left cannot be spent yet. Where a
-        look costs as much as the whole prefix, the looks grow apart (`TeacherStream.growth`). And a rollout that ended
-        before the first look at it can wait until all have: nothing is left to spare.
+        A token is at most one event, so a rollout with fewer new tokens than events left cannot be spent yet. Where
+        each look reads the whole prefix again, looks are made further apart (`TeacherStream.growth`). And a rollout
+        that ended before the first look at it can wait until all have ended: stopping it would save nothing.
         """
         due, events = [], self.monitor.events_so_far.tolist()
         for span in spans:

@@ -20,7 +20,7 @@ from prune_opd.models.slot_cache import SLOT_ATTENTION, SlotCache
 from prune_opd.rollout.base import Progress, Sampler, SamplingParams, Watcher
 from prune_opd.types import Rollouts, TopK
 
-SHORTER = 0.75  # of the longest context: as far as this the second half of the slots is read by itself
+SHORTER = 0.75  # of the longest context: below this the second half of the slots is read by itself
 
 
 def draw(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float) -> Tensor:
@@ -116,7 +116,7 @@ class LocalSampler(Sampler):
         self.stride = stride or (1 if model.device.type == "cpu" else 8)
         self.decode = compiled(decode) if compile else decode
         self.reads_halves = not (compile and model.device.type == "cpu")  # there each row is read by itself
-        self.keep_sampled_logprobs = False  # of use where `model` is not the one that is trained
+        self.keep_sampled_logprobs = False  # needed where `model` is not the one that is trained
 
     def generate(
         self, prompts: Sequence[Sequence[int]], uniforms: Tensor, params: SamplingParams, watcher: Watcher | None
@@ -158,7 +158,7 @@ class _Decode(Progress):
         self.slot_steps = 0
 
         slots = min(sampler.slots, batch)
-        # Without a queue all are about as long, and compiled code need not know the other case.
+        # Without a queue all rollouts are about as long, and compiled code needs no second case.
         self.halves = batch > slots and sampler.reads_halves
         capacity = max(map(len, prompts), default=0) + self.cap
         self.cache = SlotCache(model, slots=slots, capacity=capacity)

@@ -50,9 +50,9 @@ TOKEN = "token_id:"  # how a server writes a token's id where OpenAI's format ha
 class ServedSampler(EngineSampler):
     """Samples from vLLM servers. model: the name that the servers serve the student under · dtype: its type there.
 
-    slots: rollouts that a watcher has before it at a time · weights_dir: a folder that the servers see under the same
-    path; None, a temporary one, for servers on this machine. Nothing is asked of a server before `check`, or the first
-    call.
+    slots: rollouts that run at a time under a watcher · weights_dir: a folder that the servers see under the same
+    path; None, a temporary one, for servers on this machine. The servers get no request before `check`, or
+    the first call.
     """
 
     def __init__(
@@ -77,10 +77,10 @@ class ServedSampler(EngineSampler):
         servers.probe = self._hand_over
 
     def check(self, longest: int) -> None:
-        """Hold every replica against what the recipe expects of it, before the first step.
+        """Check, before the first step, that every replica serves what the recipe expects.
 
         Raises ModelError when it serves another model or has fewer positions than `longest`; EngineError when it does
-        not take weights, or the check of them sees nothing; ServerError when it cannot be reached.
+        not take weights, or the check of them cannot see a difference; ServerError when it cannot be reached.
         """
         self.servers.check_model(self.model, longest, whose="student", setting="rollout.vllm_server.model")
         self.check_the_check(self._hand_over_to_all, self._parity_of_all)
@@ -93,9 +93,8 @@ class ServedSampler(EngineSampler):
         prompts, cap, top_k = transcript.prompts, transcript.cap, params.top_k
 
         def ask(b: int) -> Tokens:
-            start = transcript.lengths[
-                b
-            ]  # above 0 only with a watcher, and `look` has put the tokens into response_ids
+            # Above 0 only with a watcher, and then `look` has put the tokens into response_ids.
+            start = transcript.lengths[b]
             prompt = [*prompts[b], *transcript.response_ids[b, :start].tolist()]
             count = min(watcher.every if watcher else cap, cap - start)
             body = {
@@ -155,13 +154,13 @@ class ServedSampler(EngineSampler):
         self.servers.doubt()
 
     def _hand_over(self, replica: Replica) -> bool:
-        """Have a replica read the weights, see that it answers with them, and name them; or True: it had them."""
+        """Have a replica read the weights and check its answers; returns True where it already had these weights."""
         try:
             answer = self.servers.ask(replica, "GET", "/weight_info")
             if isinstance(answer, dict) and answer.get("weight_version") == self.version:
                 return True
             for body in (
-                # A server that began with random weights would make up others.
+                # A server that was started with --load-format dummy would load random weights again.
                 {"method": "update_config", "kwargs": {"overrides": {"load_config": {"load_format": "safetensors"}}}},
                 {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}},
             ):
@@ -199,7 +198,7 @@ class ServedSampler(EngineSampler):
             self.servers.patiently(replica, self._hand_over)
 
     def _parity_of_all(self) -> float:
-        """The smallest, from the student as it is now."""
+        """The smallest over the replicas, for the student as it is now."""
         self.probed = probe_logprobs(self.student, probe_ids(self.vocab_size))
         return min(self._parity(replica) for replica in self.servers.replicas)
 
@@ -207,10 +206,10 @@ class ServedSampler(EngineSampler):
 def parse_tokens(
     answer: Any, prompt: Sequence[int], count: int, eos_ids: Collection[int], *, top_k: int, vocab_size: int
 ) -> Tokens:
-    """Take a completion apart: at most `count` tokens after `prompt`, each with its `top_k` likeliest.
+    """Parse a completion: at most `count` tokens after `prompt`, each with its `top_k` likeliest.
 
-    Raises BadAnswer unless it is of the prompt that was sent, ends after `count` tokens or with one of `eos_ids` and
-    nowhere else, and has for each token as many candidates as were asked for, log-probabilities all of them.
+    Raises BadAnswer unless the prompt is the one that was sent, the response ends after `count` tokens or with the
+    first of `eos_ids`, and each token has `top_k` candidates with finite log-probabilities.
     """
     choice = only_choice(answer)
     tokens = choice.get("token_ids")

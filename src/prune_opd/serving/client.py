@@ -79,7 +79,7 @@ class Servers:
         self.replicas = [Replica(_base_url(url)) for url in urls]
         self.deadline, self.concurrency = deadline, concurrency
         self.probe: Callable[[Replica], bool] | None = None
-        self._voided = 0  # how often a replica was found to be no longer what it was
+        self._voided = 0  # how often a probe found that a replica had changed
         self._free = threading.Condition()
         limit = concurrency * len(self.replicas)
         self._client = httpx2.Client(
@@ -142,7 +142,7 @@ class Servers:
                 self._give_back(replica)
 
     def patiently(self, replica: Replica, action: Callable[[Replica], object]) -> None:
-        """`action` on this very replica, tried again as `post` does; for what has to be known of each of them."""
+        """Run `action` on this replica, and again as `post` does: for checks that each replica must pass."""
         patience = _Patience(self.deadline)
         while True:
             try:
@@ -233,7 +233,7 @@ class Servers:
             self._free.notify()
 
     def _probe(self, replica: Replica) -> None:
-        """Once for all threads that wait for it."""
+        """Probe a replica once for all threads that wait for it."""
         with replica.probing:
             if replica.suspect and self.probe is not None:
                 same = self.probe(replica)

@@ -57,7 +57,7 @@ class PruneAgentLoop(SingleTurnAgentLoop):
             raise ConfigError("pruning.in_flight is for text prompts only; this one has images, video or audio")
         prompt_ids = await self.ct_build_initial_tokens(messages)
         routing = kwargs.get(self.config.distillation.teacher_key)
-        # Of a random uid: verl's sampling has no seed for each rollout that the choice could be tied to.
+        # From the uid, which is random: verl's sampling has no seed for each rollout.
         draw = zlib.crc32(f"{kwargs['uid']}-{kwargs['session_id']}".encode()) / 2**32
         audit = torch.tensor([draw < self.recipe.pruning.in_flight.audit_share])
         reader = _Reader()
@@ -117,7 +117,7 @@ class PruneAgentLoop(SingleTurnAgentLoop):
         nothing = torch.zeros(1, len(response))
         teacher = TopK(teacher_ids[None, rows, :top_k].long(), teacher_logprobs[None, rows, :top_k].float(), nothing)
         student = TopK(rest[0][0][None, rows], rest[0][1][None, rows], nothing) if rest else teacher
-        # The watcher looks at the teacher's top-k only; log q at the student's candidates is the actor's business.
+        # The watcher looks at the teacher's top-k only; the actor takes log q at the student's candidates.
         scores = TeacherScores(teacher, candidate_logprobs=teacher.logprobs, sampled_logprobs=nothing)
         return student, scores, {"teacher_ids": teacher_ids, "teacher_logprobs": teacher_logprobs}
 
@@ -140,7 +140,7 @@ class PruneAgentLoop(SingleTurnAgentLoop):
 class _Reader:
     """A `TeacherStream` that hands on what was fetched before: verl's servers are asynchronous, the watcher is not."""
 
-    growth = 1.0  # what was fetched is looked at
+    growth = 1.0  # every look uses the scores that were fetched
     scores: TeacherScores | None = None
 
     def score(self, response_ids: Tensor, student: TopK, spans: Sequence[Span]) -> TeacherScores:

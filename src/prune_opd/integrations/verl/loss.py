@@ -173,7 +173,7 @@ def prune_opd_loss(
         events |= repetition_events(responses, mask, max_period=guard.max_period, min_run=guard.min_run) & mask
     drift = drift_report(events, mask, w_drop=pruning.w_drop, w_base=pruning.w_base, eps=pruning.positive_eps)
     weight = drift.weight if pruning.enable and pruning.reweight else mask.float()
-    # One number a rollout: verl joins the lists of all ranks and takes what the name says, min, max or else the mean.
+    # One number a rollout: verl joins the lists of all ranks and takes min or max if the name says so, else the mean.
     effective = drift.effective_length[mask.any(-1)].tolist()  # rows without a token are verl's padding
     metrics |= {f"prune_opd/effective_response_length_{name}": effective for name in ("mean", "max", "min")}
     if hit_length is not None:
