@@ -26,7 +26,7 @@ from prune_opd.models.causal_lm import output_head, packed_attention, seen_colum
 from prune_opd.models.kernels.attend_one import attend_one
 from prune_opd.models.kernels.attend_rows import attend_rows
 from prune_opd.models.slot_cache import SLOT_ATTENTION, SlotCache
-from prune_opd.rollout.local import Said, decode
+from prune_opd.rollout.local import Generation, decode
 from prune_opd.types import TopK
 
 SMOLLM2_135M = LlamaConfig(
@@ -56,7 +56,7 @@ def main() -> None:
     cache = SlotCache(model, slots=rows, capacity=max(arguments.contexts))
     tokens, where = torch.full((rows,), 5), (torch.arange(rows), torch.zeros(rows, dtype=torch.long))
     uniforms = torch.full((rows, 1), 0.5, dtype=torch.float64)
-    said = Said(uniforms, torch.zeros(rows, 1, dtype=torch.long), TopK.empty(rows, 1, 8), None)
+    generation = Generation(uniforms, torch.zeros(rows, 1, dtype=torch.long), TopK.empty(rows, 1, 8), None)
 
     def milliseconds(attention: str, context: int) -> float:
         model.config._attn_implementation = attention
@@ -70,7 +70,7 @@ def main() -> None:
                 torch.full((rows,), context - 1),
                 context,
                 None,
-                said,
+                generation,
                 where,
                 vocab_size=None,
                 temperature=1.0,

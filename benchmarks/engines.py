@@ -2,7 +2,7 @@
 
     .venv-vllm/bin/python benchmarks/engines.py --output runs/engines.json      (after make setup-vllm)
 
-Four engines: the slot engine (sampling/local.py), vLLM in this process (sampling/vllm.py), transformers' padded
+Four engines: the slot engine (rollout/local.py), vLLM in this process (rollout/vllm.py), transformers' padded
 `generate`, and its continuous batching, all with the same number of rollouts at a time. Two loads on the embedded low
 student: ragged, where a filler word that it says now and then ends a rollout, so that the mean length is a third of the
 longest or less; and equal, where nothing ends one before its limit. Useful tokens over seconds. The first two engines
@@ -13,7 +13,7 @@ eight times the requests, so that its end, where no prompt waits, weighs little,
 attends to as many others on average. Its arms take turns of 16 decode steps, for a comparison of a few per cent.
 
 Two more arms show what an in-flight stop costs vLLM: looking every few tokens in order to abort (what
-sampling/vllm.py does), and asking for one chunk at a time with the prefix in its cache. Nothing is stopped in them.
+rollout/vllm.py does), and asking for one chunk at a time with the prefix in its cache. Nothing is stopped in them.
 
 Seconds are of this process's CPU time as well as of the clock: one thread, so on a busy machine the former is the
 engine's own and the latter is the machine's.

@@ -30,6 +30,10 @@ class TopK:
         ids = torch.arange(top_k, device=device).expand(batch, length, top_k).clone()
         return TopK(ids, torch.zeros(batch, length, top_k, device=device), torch.zeros(batch, length, device=device))
 
+    def to(self, device: torch.device | str) -> TopK:
+        """The same on another device."""
+        return TopK(self.ids.to(device), self.logprobs.to(device), self.entropy.to(device))
+
     def at(self, where: Any) -> TopK:
         """The positions that an index of (B, T) picks."""
         return TopK(self.ids[where], self.logprobs[where], self.entropy[where])

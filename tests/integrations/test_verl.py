@@ -46,6 +46,7 @@ with warnings.catch_warnings():
     from verl.workers.rollout.replica import TokenOutput
 
     import prune_opd.integrations.verl as plugin
+    import prune_opd.integrations.verl.loss as loss_module
 
 from prune_opd.config import PruningSection, load_config
 from prune_opd.errors import CheckpointError, ConfigError, EngineError, NonFiniteError
@@ -177,12 +178,12 @@ def test_verl_loads_the_plugin_by_its_environment_variable():
     )
     env = os.environ | {"VERL_USE_EXTERNAL_MODULES": "prune_opd.integrations.verl"}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=env)
-    assert done.stdout.strip().endswith("prune_opd.integrations.verl"), done.stderr
+    assert done.stdout.strip().endswith("prune_opd.integrations.verl.trainer"), done.stderr
 
 
 def test_loss_trainer_and_agent_loop_are_in_verls_registries():
     assert get_trainer_cls("prune_opd") is plugin.PruneTrainer
-    assert _agent_loop_registry["prune_opd"]["_target_"] == "prune_opd.integrations.verl.PruneAgentLoop"
+    assert _agent_loop_registry["prune_opd"]["_target_"] == "prune_opd.integrations.verl.agent_loop.PruneAgentLoop"
     for name in ("prune_opd", "prune_opd_forward_kl"):
         assert get_distillation_loss_fn(name) is plugin.prune_opd_loss
         assert DISTILLATION_SETTINGS_REGISTRY[name].use_topk
@@ -194,7 +195,7 @@ def test_workers_can_be_made_ray_actors():
     assert {"generate_sequences", "_compute_teacher_logprobs"} <= set(methods)
     assert "init_model" in ray.remote(plugin.PruneActorWorker).__ray_metadata__.method_meta.methods
     registered = {name for name in dir(plugin.PruneActorWorker.init_model) if "MAGIC" in name.upper()}
-    assert registered == {name for name in dir(plugin.ActorRolloutRefWorker.init_model) if "MAGIC" in name.upper()}
+    assert registered == {name for name in dir(workers.ActorRolloutRefWorker.init_model) if "MAGIC" in name.upper()}
 
 
 # ---- settings ----
@@ -352,7 +353,7 @@ def loss_of(config, *, ours: bool = True):
     found: list = []
     worker.role, worker.loss_fn, worker.actor = "actor", stock, SimpleNamespace(set_loss_fn=found.append)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plugin.ActorRolloutRefWorker, "init_model", lambda self: None)
+        patch.setattr(workers.ActorRolloutRefWorker, "init_model", lambda self: None)
         worker.init_model()
     return found[-1]
 
@@ -381,11 +382,13 @@ def test_weights_loss_gradient_and_window_are_those_of_our_step(index, parts, mo
     step = our_steps()[index]
     config = verl_config()
     recipe, window = plugin.recipe_of(config), window_at(step)
-    sent = plugin._batch_settings(recipe, window)
+    sent = plugin.batch_settings(recipe, window)
     engine, loss_function = bare_engine(copy.deepcopy(step.student)), loss_of(config)
     reports = []
-    report = plugin.drift_report
-    monkeypatch.setattr(plugin, "drift_report", lambda *args, **kw: reports.append(report(*args, **kw)) or reports[-1])
+    report = loss_module.drift_report
+    monkeypatch.setattr(
+        loss_module, "drift_report", lambda *args, **kw: reports.append(report(*args, **kw)) or reports[-1]
+    )
     batches = [micro_batch(step, list(rows), sent) for rows in parts]
     outputs, _ = forward_backward(engine, loss_function, batches)
 
@@ -429,7 +432,7 @@ def test_the_window_trace_over_all_steps_is_ours():
     trainer = trainer_with(config, None, {})
     trace = []
     for step in our_steps():
-        sent = plugin._batch_settings(trainer.recipe, trainer.window)
+        sent = plugin.batch_settings(trainer.recipe, trainer.window)
         engine = bare_engine(copy.deepcopy(step.student))
         outputs, _ = forward_backward(engine, loss_of(config), [micro_batch(step, range(ROLLOUTS), sent)])
         metrics = through_verls_worker(engine, outputs)
@@ -487,7 +490,7 @@ def test_forward_kl_on_verls_own_actor_gets_our_weights():
             "distillation.distillation_loss.topk": TOP_K,
         }
     )
-    sent = plugin._batch_settings(plugin.recipe_of(config), window_at(step))
+    sent = plugin.batch_settings(plugin.recipe_of(config), window_at(step))
     data = micro_batch(step, range(ROLLOUTS), sent)
     for name in ("teacher_ids", "teacher_logprobs"):
         data[name] = torch.nested.as_nested_tensor([t[:, :TOP_K] for t in data[name].unbind()], layout=torch.jagged)
@@ -527,7 +530,7 @@ def test_every_drift_setting_reaches_the_actor(setting, changed):
     step, config = our_steps()[0], verl_config()
     recipe = plugin.recipe_of(config)
     pruning = PruningSection.model_validate(PRUNING.model_dump(exclude_unset=True) | setting)
-    sent = plugin._batch_settings(recipe.model_copy(update={"pruning": pruning}), None)
+    sent = plugin.batch_settings(recipe.model_copy(update={"pruning": pruning}), None)
     outputs, _ = forward_backward(
         bare_engine(copy.deepcopy(step.student)), loss_of(config), [micro_batch(step, range(ROLLOUTS), sent)]
     )
@@ -544,7 +547,7 @@ def test_every_drift_setting_reaches_the_actor(setting, changed):
 
 def test_a_batch_of_another_trainer_and_another_actor_are_refused():
     step, config = our_steps()[0], verl_config()
-    data = micro_batch(step, range(ROLLOUTS), plugin._batch_settings(plugin.recipe_of(config), None))
+    data = micro_batch(step, range(ROLLOUTS), plugin.batch_settings(plugin.recipe_of(config), None))
     with pytest.raises(EngineError, match="does not compute"):
         plugin.prune_opd_loss(None, config.distillation, {}, data)
     del data[plugin.SETTINGS]
@@ -557,7 +560,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update():
     student = copy.deepcopy(step.student)
     with torch.no_grad():
         student.lm_head.weight[5] = float("nan")
-    sent = plugin._batch_settings(plugin.recipe_of(config), None)
+    sent = plugin.batch_settings(plugin.recipe_of(config), None)
     with pytest.raises(NonFiniteError):
         forward_backward(bare_engine(student), loss_of(config), [micro_batch(step, range(ROLLOUTS), sent)])
     assert all(parameter.grad is None for parameter in student.parameters())
@@ -607,7 +610,7 @@ def test_our_actor_is_put_in_place_of_verls():
 
     assert actor(verl_config()) is plugin.PruneActorWorker
     forward = {"distillation.distillation_loss.loss_mode": "prune_opd_forward_kl"}
-    assert actor(verl_config(forward | {"distillation.distillation_loss.topk": TOP_K})) is plugin.ActorRolloutRefWorker
+    assert actor(verl_config(forward | {"distillation.distillation_loss.topk": TOP_K})) is workers.ActorRolloutRefWorker
 
 
 def test_failed_rollouts_stop_the_run():

@@ -1,8 +1,8 @@
 """The arms of `compare`, each one a change of the recipe's settings.
 
 Controls follow a finished Prune-OPD run of the same seed, their reference. What they take from it is written into their
-own settings (`control.lengths`, `control.kept_tokens`), so that an arm's config.json says all and a resume needs no
-other run.
+own settings (`control.lengths`, `control.kept_tokens`), so that an arm's config.json is complete and a resume needs
+no other run.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def arm_config(config: Config, arm: str, seed: int, reference: Reference | None 
                 f"arm {arm}: pruning.dynamic_response_length.enable is false; the next batch is never cut", stacklevel=2
             )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that pruning settings have no effect in other arms is the point of them
+        warnings.simplefilter("ignore")  # pruning settings have no effect in the other arms, on purpose
         return config.with_settings(**settings)
 
 

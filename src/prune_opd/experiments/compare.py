@@ -45,7 +45,7 @@ def compare(
     `reference`: a finished run with a window, or the output of another comparison with arm prune, for the arms that
     follow one; else they follow arm prune of this comparison. `output_dir` must be new unless `resume`: then finished
     runs are kept and the others go on from their last checkpoint. `parallel`: runs at the same time, each in a process
-    of its own; their times are those of a machine that was shared, and a warning says so.
+    of its own; they share the machine, so a warning tells not to compare their times.
     """
     check_arms(config, arms, references=reference is not None)
     if config.evaluation.data is None:

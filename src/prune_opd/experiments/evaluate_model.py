@@ -48,9 +48,9 @@ def evaluate_model(
     """Evaluate a model (a folder, a Hub id or embedded:NAME) and print a table.
 
     Writes eval.json and responses.jsonl into output_dir, which must be new or empty. settings.max_tokens is lowered,
-    with a warning, to what the model has positions for. threads: of torch on the CPU, 0 leaves
-    them alone. slots: answers that decode at once. Raises ModelError,
-    DataError, ConfigError and RunDirectoryError, all before the first token.
+    with a warning, to what the model has positions for. threads: of torch on the CPU, 0 leaves them alone. slots:
+    answers that decode at once. Raises ModelError, DataError, ConfigError and RunDirectoryError, all before the first
+    token.
     """
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise RunDirectoryError(

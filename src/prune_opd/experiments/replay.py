@@ -1,8 +1,8 @@
 """What-if: other drift settings on the compatibilities that a run has logged, without a model.
 
-Events, weights and lengths come from the functions that train (`drift_report`, `TrainingWindow`). What a log cannot
-tell: under other settings the student would have learnt other things and written other responses; and where a response
-was cut, nobody knows how it would have gone on. Where that matters, results come as two bounds.
+Events, weights and lengths come from the functions that train (`drift_report`, `TrainingWindow`). A log has
+two limits. Under other settings the student would have learnt other things and written other responses. And where a
+response was cut, its continuation is unknown; where that matters, results come as two bounds.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class WhatIf:
     tokens sampled under it · in_flight: tokens left of sampled_low if rollouts also stopped when spent · open: rollouts
     that were cut in the log at fewer tokens than window_high.
 
-    Low takes it that an open rollout ended where it was cut; high, that it filled the window, and reliably if it was
-    reliable so far.
+    Low assumes that an open rollout ended where it was cut. High assumes that it filled the window, and stayed reliable
+    if it was reliable so far.
     """
 
     metric: str
@@ -109,7 +109,7 @@ def read_config(run_dir: Path) -> Config:
     except (OSError, ValueError) as error:
         raise RunLogError(f"{path}: no settings of a run ({error}); give the directory of a run") from None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of settings without effect: config.json names all there are
+        warnings.simplefilter("ignore")  # about settings without effect: config.json lists all settings
         return parse_config(settings, where=str(path))
 
 
@@ -120,7 +120,7 @@ def variants(
     metrics: Sequence[str],
     top_ps: Sequence[float],
 ) -> list[PruningSection]:
-    """Every combination, checked; a metric takes the limits that are its own."""
+    """Every combination, checked; teacher_top_p_accept takes `top_ps`, the other metrics `thresholds`."""
     found = []
     for metric in metrics or [pruning.metric]:
         nucleus = metric == "teacher_top_p_accept"

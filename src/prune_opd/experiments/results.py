@@ -12,11 +12,10 @@ from rich import box
 from rich.table import Table
 
 from prune_opd.config import Config
-from prune_opd.evaluation.evaluate import bootstrap_ci95
 from prune_opd.reporting.run_logs import read_lines, trained
-from prune_opd.reporting.statistics import QUANTITIES, difference, evaluation_curve, seconds_to, spread
+from prune_opd.reporting.statistics import QUANTITIES, difference, evaluation_curve, seconds_to, spread, summary
 
-BASELINE = "opd"  # what arms are held against, where it is one of them
+BASELINE = "opd"  # the arm that others are compared with, if it is among them
 
 
 def run_record(run_dir: Path, seed: int, totals: dict[str, float]) -> dict[str, Any]:
@@ -37,7 +36,8 @@ def run_record(run_dir: Path, seed: int, totals: dict[str, float]) -> dict[str, 
 def write_results(output_dir: Path, config: Config, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Write `compare.json` and `compare.csv` of the runs so far, so that an interrupted comparison keeps what it has.
 
-    runs: of each arm, in order, its `run_record`s. Arms are held against opd; without it, against the first one.
+    runs: of each arm, in order, its `run_record`s. Arms are compared with opd, or with the first arm where opd is none
+    of them.
     """
     arms = {arm: summarise(arm, of_arm) for arm, of_arm in runs.items() if of_arm}
     baseline = BASELINE if BASELINE in runs else next(iter(runs))
@@ -59,14 +59,12 @@ def write_results(output_dir: Path, config: Config, runs: dict[str, list[dict[st
 
 
 def summarise(arm: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """One arm over its seeds. The accuracy's interval resamples problems (each averaged over seeds)."""
-    per_problem = np.mean([run["per_problem"] for run in runs], axis=0)
-    accuracy = spread([run["accuracy"] for run in runs]) | {"ci95": bootstrap_ci95(per_problem)}
+    """One arm over its seeds."""
     kept = [{name: value for name, value in run.items() if name != "per_problem"} for run in runs]
     return {
         "arm": arm,
         "seeds": [run["seed"] for run in runs],
-        "accuracy": accuracy,
+        "accuracy": summary([run["accuracy"] for run in runs], [run["per_problem"] for run in runs]),
         **{name: spread([run[name] for run in runs]) for name in QUANTITIES},
         "runs": kept,
     }

@@ -43,11 +43,12 @@ from prune_opd.models.causal_lm import output_head, packed_states
 from prune_opd.models.loading import check_token_maps, shared_vocab_size
 from prune_opd.models.packing import pack
 from prune_opd.reporting.metrics import distillation_metrics
+from prune_opd.rollout.base import Progress
 from prune_opd.rollout.events import drift_events
 from prune_opd.rollout.in_flight import InFlightStop, audited
 from prune_opd.teachers.local import LocalTeacher
 from prune_opd.timing import Stopwatch
-from prune_opd.types import Rollouts, Span, TeacherScores, TopK
+from prune_opd.types import Rollouts, TeacherScores, TopK
 from prune_opd.update.losses import loss_sums, student_terms
 
 WINDOW_FILE = "prune_opd_window.json"
@@ -63,11 +64,8 @@ class Pruned:
     weight: Tensor
 
 
-class Recorder:
-    """What `generate` is given to call at each token: keeps the student's top-k, and ends rollouts that drifted.
-
-    lengths, finished, stopped: of each rollout, as in `Rollouts`, once `generate` has returned.
-    """
+class Recorder(Progress):
+    """The logits processor and the stopping criterion of `generate`: keeps the top-k, ends rollouts that drifted."""
 
     def __init__(
         self,
@@ -81,11 +79,10 @@ class Recorder:
         in_flight: InFlightStop | None,
         device: torch.device,
     ) -> None:
+        super().__init__(batch)
         self.prompt_width, self.cap, self.vocab_size, self.in_flight = prompt_width, cap, vocab_size, in_flight
         self.eos_ids = torch.tensor(list(eos_ids), device=device)
         self.student = TopK.empty(batch, cap, top_k, device)
-        self.lengths, self.seen = [0] * batch, [0] * batch
-        self.finished, self.stopped = [False] * batch, [False] * batch
 
     def keep_topk(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """A logits processor over logits (B, V) that no temperature has touched; ids that only one model has go."""
@@ -100,32 +97,20 @@ class Recorder:
         return scores
 
     def ended(self, input_ids: Tensor, scores: Any) -> Tensor:
-        """A stopping criterion: (B,) bool, rollouts that said EOS or whose reliability is spent."""
+        """A stopping criterion: (B,) bool, rollouts that ended with EOS or whose reliability is spent."""
         response_ids = input_ids[:, self.prompt_width :]
-        said = response_ids.shape[1]
-        before = [finished or stopped for finished, stopped in zip(self.finished, self.stopped, strict=True)]
+        length = response_ids.shape[1]
         for b, eos in enumerate(torch.isin(response_ids[:, -1], self.eos_ids).tolist()):
-            if not before[b]:
-                self.lengths[b], self.finished[b] = said, eos
-        everyone = all(f or s for f, s in zip(self.finished, self.stopped, strict=True)) or said == self.cap
-        if self.in_flight is not None and (said % self.in_flight.every == 0 or everyone):
-            self._look(self.in_flight, response_ids, last=said == self.cap)
+            if not (self.finished[b] or self.stopped[b]):
+                self.lengths[b], self.finished[b] = length, eos
+        last = length == self.cap
+        everyone = all(f or s for f, s in zip(self.finished, self.stopped, strict=True)) or last
+        if self.in_flight is not None and (length % self.in_flight.every == 0 or everyone):
+            # The teacher's scores are as wide as the longest response can get, from its first look on.
+            padded = torch.nn.functional.pad(response_ids, (0, self.cap - length))
+            going_on = [b for b, stopped in enumerate(self.stopped) if not stopped]
+            self.show(self.in_flight, padded, self.student, going_on, [b for b in going_on if last or self.finished[b]])
         return torch.tensor([f or s for f, s in zip(self.finished, self.stopped, strict=True)], device=input_ids.device)
-
-    def _look(self, in_flight: InFlightStop, response_ids: Tensor, *, last: bool) -> None:
-        spans = [
-            Span(b, self.seen[b], n, ended=last or self.finished[b])
-            for b, n in enumerate(self.lengths)
-            if n > self.seen[b] and not self.stopped[b]
-        ]
-        for span in spans:
-            self.seen[span.rollout] = span.end
-        # The teacher's scores are as wide as the longest response can get, from its first look on.
-        width = self.student.ids.shape[1]
-        padded = torch.nn.functional.pad(response_ids, (0, width - response_ids.shape[1]))
-        for b, kept in in_flight.watch(padded, self.student, spans).items():
-            self.finished[b] &= kept == self.lengths[b]
-            self.stopped[b], self.lengths[b] = not self.finished[b], kept
 
 
 class PruneDistillationTrainer(DistillationTrainer):
@@ -235,20 +220,13 @@ class PruneDistillationTrainer(DistillationTrainer):
         output = super()._generate_and_score_completions(inputs)
         recorder, self._recorder = self._recorder, None
         assert recorder is not None
-        width = max(recorder.lengths)
-        lengths = torch.tensor(recorder.lengths, device=output["completion_ids"].device)
         prompts = [
             ids[mask.bool()].tolist() for ids, mask in zip(output["prompt_ids"], output["prompt_mask"], strict=True)
         ]
-        rollouts = Rollouts(
-            prompts=prompts,
-            response_ids=output["completion_ids"][:, :width],
-            response_mask=torch.arange(width, device=lengths.device) < lengths[:, None],
-            finished=torch.tensor(recorder.finished, device=lengths.device),
-            stopped=torch.tensor(recorder.stopped, device=lengths.device),
-            student=recorder.student.at((slice(None), slice(width))),
+        rollouts = recorder.rollouts(
+            prompts, output["completion_ids"], recorder.student, pad_id=self._tokenizer.pad_token_id
         )
-        scores = recorder.in_flight.scores_of(width) if recorder.in_flight else None
+        scores = recorder.in_flight.scores_of(rollouts.response_ids.shape[1]) if recorder.in_flight else None
         self.batch = self.prune(rollouts, scores)
         mode = "train" if self.model.training else "eval"
         for name, value in distillation_metrics(rollouts, self.batch.scores).items():
@@ -257,8 +235,8 @@ class PruneDistillationTrainer(DistillationTrainer):
         effective = self.batch.drift.effective_length.double()
         self._metrics[mode]["prune_opd/effective_response_length_mean"].append(effective.mean().item())
         self._metrics[mode]["completions/stopped_by_drift"].append(rollouts.stopped.double().mean().item())
-        # TRL shuffles and splits what is returned; the batch stays as it is, and this says where a row went.
-        rows = torch.arange(len(prompts), device=lengths.device)
+        # TRL shuffles and splits what is returned; `self.batch` stays as it is, and this index finds its rows again.
+        rows = torch.arange(len(prompts), device=rollouts.stopped.device)
         return output | {"num_items_in_batch": self.denominator(self.batch), "rollout": rows}
 
     def _compute_loss(

@@ -1,7 +1,7 @@
 """What `prune-opd doctor` looks at: can a recipe run here, and what does its pair promise, before it costs anything.
 
-Most of it needs no weights. The probe loads both models and has each answer a few prompts, which says how well the pair
-agrees, whether the threshold is too high for it, and how many tokens the recipe would leave out at the start.
+Most of it needs no weights. The probe loads both models, and each answers a few prompts. From the answers it measures
+how well the pair agrees, whether the threshold is too high, and how many tokens the recipe would save at the start.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Tokenizers = tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check came to. failed: the recipe cannot run · warning: it can, but is it meant?"""
+    """The result of one check. failed: the recipe cannot run · warning: it can, but this may not be intended."""
 
     subject: str
     status: Status
@@ -56,7 +56,7 @@ Tell = Callable[[str, Status, str], None]
 
 
 def examine(config: Config, *, probe_prompts: int, tell: Callable[[Finding], None]) -> bool:
-    """Check a recipe, telling each finding as it is made; whether nothing failed.
+    """Check a recipe and report each finding as it is made; returns whether nothing failed.
 
     probe_prompts: prompts that both models answer; with 0, no weights are loaded.
     """
@@ -228,7 +228,7 @@ def _device_bytes(device: torch.device) -> int | None:
 
 
 def _probe(config: Config, tokenizers: Tokenizers, prompts: Sequence[Prompt], say: Tell) -> None:
-    disable_progress_bar()  # of transformers, which would draw over what is said
+    disable_progress_bar()  # of transformers, which would draw over our lines
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     device, token_ids = models.resolve_device(config.training.device), [prompt.token_ids for prompt in prompts]

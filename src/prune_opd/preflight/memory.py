@@ -24,7 +24,7 @@ from prune_opd.models.packing import default_token_budget
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process that holds everything; None is unknown, `source` says what the numbers come from.
+    """Bytes of one process that holds everything; None is unknown, `source` is where the numbers come from.
 
     student_copy: the weights that sample where the student's own do not · ahead: sampling goes on beside the update.
     """
@@ -105,7 +105,7 @@ def estimate_memory(config: Config) -> Memory:
 def _memory_from_names(
     config: Config, student_config: PretrainedConfig | None, teacher_config: PretrainedConfig | None
 ) -> Memory:
-    """What the parameter counts in the names tell; the rest depends on shapes that only config.json has."""
+    """From the parameter counts in the models' names; the rest needs shapes that only config.json has."""
     settings = config.model
     names = settings.model_name_or_path, settings.teacher_model_name_or_path
     missing = [n for n, found in zip(names, (student_config, teacher_config), strict=True) if found is None]
@@ -129,7 +129,7 @@ def _memory_from_names(
 
 
 def micro_batch_shape(config: Config) -> tuple[int, int, int]:
-    """(rows, prompt + response tokens, response tokens) of the largest micro-batch, as `types.pack` cuts it."""
+    """(rows, prompt + response tokens, response tokens) of the largest micro-batch, as `packing.pack` cuts it."""
     response = config.longest_response
     width = config.data.max_prompt_length + response
     training = config.training
@@ -181,7 +181,7 @@ def _saved_bytes(
         model = AutoModelForCausalLM.from_config(
             model_config,
             dtype=getattr(torch, settings.dtype),
-            attn_implementation="sdpa",  # knows shapes without a kernel of the accelerator, and keeps as little
+            attn_implementation="sdpa",  # runs on shapes alone, and keeps as little as the kernels of an accelerator
             trust_remote_code=settings.trust_remote_code,
         ).train()
         if recompute:

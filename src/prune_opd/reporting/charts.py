@@ -71,7 +71,7 @@ def page_run(run: Run, rollout_bytes: int) -> dict[str, Any]:
 
 
 def _drift(run: Run) -> dict[str, Any]:
-    """Overlap by position and step, weight by position, onsets: everything that drift.jsonl is read for."""
+    """What the page shows of drift.jsonl: overlap by position and step, weight by position, onsets."""
     path = run.path / "drift.jsonl"
     nothing: dict[str, Any] = {"heat": None, "weights": [], "onset": None}
     if not run.steps or not path.is_file():
@@ -155,7 +155,7 @@ def _rollouts(run: Run, budget: int) -> Iterator[dict[str, Any]]:
 
 
 def _page_rollout(record: dict[str, Any], budget: int) -> dict[str, Any]:
-    """One rollout with no more than `budget` bytes of tokens, about; a long text is cut and says so."""
+    """One rollout with about `budget` bytes of tokens at most; a long text is cut and marked."""
     tokens = len(record.get("token_ids", ()))
     if not tokens:  # tracking.rollout_tokens = 0, or a log of an earlier version: text alone
         return {**record, "prompt": _cut(record["prompt"]), "response": _cut(record["response"])}

@@ -70,7 +70,7 @@ def position_means(key: str, sums: Tensor, counts: Tensor) -> Iterator[tuple[str
 def stop_metrics(
     rollouts: Rollouts, events: Tensor, audit: Tensor, spent_at: Tensor, guard: RepetitionSection
 ) -> dict[str, float]:
-    """Stops by cause, and what the audit rollouts say of them.
+    """Stops by cause, and how many audit rollouts came back after the point of a stop.
 
     events (B, T) bool, audit (B,) bool, spent_at (B,) int64 as in `DriftMonitor`. A stop is the repetition guard's if
     its last token stood in a loop. An audit rollout that would have been stopped came back if the median token after

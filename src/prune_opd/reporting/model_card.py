@@ -1,4 +1,4 @@
-"""The model card of a run: what a reader of the weights must know, from the run's own logs."""
+"""The model card of a run, from the run's own logs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def model_card(run_dir: Path) -> ModelCard:
     """The card of a run directory as it stands. Needs its config.json and metrics.jsonl.
 
     Base model and data set become metadata where they are Hub ids, which a folder or `embedded:` is not. Secrets are
-    blotted out (report/logs.py). Raises RunLogError.
+    masked (reporting/run_logs.py). Raises RunLogError.
     """
     config, env = read_settings(run_dir)
     # Line by line, for a card is made at every checkpoint, and the log of a long run is longer than anything else here.
@@ -38,7 +38,7 @@ def model_card(run_dir: Path) -> ModelCard:
     student, teacher = model["model_name_or_path"], model["teacher_model_name_or_path"]
     name = f"{student.rstrip('/').split('/')[-1].removeprefix('embedded:')}-prune-opd"
     saved, made = sums["tokens/saved"], sums["tokens/generated"]
-    card = ModelCard.from_template(
+    return ModelCard.from_template(
         card_data=_metadata(config, evaluations, name),
         template_str=(files("prune_opd.reporting") / "templates" / "model_card.md.j2").read_text("utf-8"),
         title=name,
@@ -75,7 +75,6 @@ def model_card(run_dir: Path) -> ModelCard:
         versions=", ".join(f"{key} {value}" for key, value in env.items() if key != "command"),
         settings=json.dumps(config, indent=1, ensure_ascii=False),
     )
-    return card
 
 
 def _metadata(config: dict[str, Any], evaluations: list[dict[str, Any]], name: str) -> ModelCardData:

@@ -21,10 +21,9 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from prune_opd.evaluation.evaluate import bootstrap_ci95
 from prune_opd.reporting.charts import SERIES, page_run
 from prune_opd.reporting.run_logs import PHASES, Run, read_runs
-from prune_opd.reporting.statistics import difference, evaluation_curve, seconds_to
+from prune_opd.reporting.statistics import difference, evaluation_curve, seconds_to, summary
 from prune_opd.reporting.wording import duration, flattened, percent
 
 ROLLOUT_BYTES = 2_500_000  # of rollouts in the page, all runs together; the rest of a page stays below as much again
@@ -89,38 +88,29 @@ def arm_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     named = [row for row in rows if row["arm"] == "opd"]
     baseline = named[0] if named else unpruned[0] if len(unpruned) == 1 else None
     for row in rows:
-        row["is_baseline"] = row is baseline
-        row["baseline"] = baseline["arm"] if baseline else None
-        comparable = baseline and row is not baseline and row["same"] == baseline["same"]
-        row["saved"] = (
-            {
-                name: _share_saved(row[name], baseline[name])
-                for name in ("seconds", "tokens")  # of each phase and of all of them
-            }
-            if comparable and baseline
-            else None
-        )
-        judged = comparable and baseline and row["accuracy"] is not None and baseline["accuracy"] is not None
-        row["difference"] = _difference(of_arm[row["arm"]], of_arm[baseline["arm"]]) if judged and baseline else None
-        row["to_equal"] = _to_equal(of_arm[row["arm"]], baseline["accuracy"]) if judged and baseline else None
+        row |= {"is_baseline": row is baseline, "baseline": baseline["arm"] if baseline else None}
+        row |= dict.fromkeys(("saved", "difference", "to_equal"))
+        if baseline is None or row is baseline or row["same"] != baseline["same"]:
+            continue
+        row["saved"] = {name: _share_saved(row[name], baseline[name]) for name in ("seconds", "tokens")}
+        if row["accuracy"] is not None and baseline["accuracy"] is not None:
+            row["difference"] = _difference(of_arm[row["arm"]], of_arm[baseline["arm"]])
+            row["to_equal"] = _to_equal(of_arm[row["arm"]], baseline["accuracy"])
     return rows
 
 
 def _difference(runs: Sequence[Run], baseline: Sequence[Run]) -> tuple[float, float, float]:
-    """Accuracy less the baseline's and its 95% interval, as `compare` states them."""
-    ours, theirs = (
-        [
-            {"seed": run.seed, **{name: run.evaluations[-1][f"eval/{name}"] for name in ("accuracy", "per_problem")}}
-            for run in of_arm
-        ]
-        for of_arm in (runs, baseline)
-    )
-    found = difference(ours, theirs, quantities=())["accuracy"]
+    """Accuracy minus the baseline's, and its 95% interval, as in `compare`."""
+
+    def last(run: Run) -> dict[str, Any]:
+        return {"seed": run.seed, **{name: run.evaluations[-1][f"eval/{name}"] for name in ("accuracy", "per_problem")}}
+
+    found = difference([last(run) for run in runs], [last(run) for run in baseline], quantities=())["accuracy"]
     return (found["mean"], *(found["ci95"] or found["ci95_problems"]))
 
 
 def _to_equal(runs: Sequence[Run], accuracy: float) -> float | None:
-    """Training seconds until `accuracy`, as `compare` states them; None where it never was, or seeds were not alike."""
+    """Training seconds until `accuracy`, as in `compare`; None if never, or if seeds have unlike evaluations."""
     if len({len(run.evaluations) for run in runs}) > 1:
         return None
     return seconds_to(accuracy, [{"evaluations": evaluation_curve(run.evaluations)} for run in runs])
@@ -134,6 +124,9 @@ def _arm_row(arm: str, runs: list[Run]) -> dict[str, Any]:
     whole = mean([run.total("time/total") for run in runs])
     tokens = {name: mean([run.total(key) for run in runs]) for name, key in PHASES.items()}
     last = [run.evaluations[-1] for run in runs if run.evaluations]
+    accuracy: dict[str, Any] = {"mean": None, "std": None, "ci95": None}
+    if len(last) == len(runs):  # else the mean would be over other seeds than the costs
+        accuracy = summary([e["eval/accuracy"] for e in last], [e["eval/per_problem"] for e in last])
     config = runs[0].config
     return {
         "arm": arm,
@@ -141,9 +134,9 @@ def _arm_row(arm: str, runs: list[Run]) -> dict[str, Any]:
         "steps": [len(run.steps) for run in runs],
         "planned": [run.planned for run in runs],
         "prunes": config["pruning"]["enable"],
-        "accuracy": mean([e["eval/accuracy"] for e in last]) if len(last) == len(runs) else None,
-        "ci95": _interval(last) if len(last) == len(runs) else None,
-        "spread": float(np.std([e["eval/accuracy"] for e in last], ddof=1)) if len(last) == len(runs) > 1 else None,
+        "accuracy": accuracy["mean"],
+        "ci95": accuracy["ci95"],
+        "spread": accuracy["std"],
         "seconds": {**phases, "other": whole - sum(phases.values()), "all": whole},
         "tokens": {**tokens, "all": sum(tokens.values())},
         "cut_tokens": mean([run.total("tokens/saved") for run in runs]),
@@ -183,7 +176,7 @@ def verdict(arms: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def missing(run: Run) -> Iterator[str]:
-    """What a reader will not find of a run, and why."""
+    """What the page lacks of a run, and why."""
     if len(run.steps) < run.planned:
         yield f"{len(run.steps)} of {run.planned} steps are done; the rest is not in this page."
     if not run.evaluations:
@@ -232,11 +225,6 @@ def _share_saved(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, 
 def _first_and_last(runs: Sequence[Run], key: str) -> tuple[float, float] | None:
     found = [(run.steps[0][key], run.steps[-1][key]) for run in runs if run.steps]
     return (float(np.mean([a for a, _ in found])), float(np.mean([b for _, b in found]))) if found else None
-
-
-def _interval(evaluations: Sequence[dict[str, Any]]) -> tuple[float, float]:
-    """95% over problems, each averaged over seeds, as `compare` states it."""
-    return bootstrap_ci95(np.mean([e["eval/per_problem"] for e in evaluations], axis=0))
 
 
 def _finite(value: Any) -> Any:

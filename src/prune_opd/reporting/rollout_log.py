@@ -1,4 +1,4 @@
-"""One rollout as `rollouts.jsonl` keeps it: text, weights, and what both models thought at each token."""
+"""One rollout as `rollouts.jsonl` keeps it: text, weights, and the candidates of both models at each token."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _candidates(topk: TopK, row: int, shown: int, count: int) -> dict[str, Any]:
 
 
 def _rounded(values: Iterable[float], digits: int = 2) -> list[float]:
-    # A forbidden token has log-probability -inf, which JSON does not know.
+    # A forbidden token has log-probability -inf, which JSON has no number for.
     return [round(max(v, -999.0), digits) + 0.0 for v in values]  # + 0.0: no "-0.0"
 
 

@@ -70,7 +70,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def read_settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What config.json and env.json of a run directory say, without secrets; {} for no env.json. Raises RunLogError."""
+    """config.json and env.json of a run directory, without secrets; {} for no env.json. Raises RunLogError."""
     env = path / "env.json"
     return (
         without_secrets(_read_json(path / "config.json")),
@@ -102,7 +102,7 @@ def trained(record: dict[str, Any]) -> bool:
 
 
 def without_secrets(value: Any, name: str = "") -> Any:
-    """Settings with every text that is, or holds, a secret blotted out; they are about to be shown to others."""
+    """Settings as they may be shown to others: every text that is, or holds, a secret is masked."""
     if isinstance(value, dict):
         return {key: without_secrets(inner, key) for key, inner in value.items()}
     if isinstance(value, list):

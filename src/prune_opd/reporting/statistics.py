@@ -30,14 +30,19 @@ def evaluation_curve(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def summary(accuracies: Sequence[float], per_problem: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Mean and deviation of an accuracy over seeds. Its interval resamples problems, each averaged over seeds."""
+    return spread(accuracies) | {"ci95": bootstrap_ci95(np.mean(per_problem, axis=0))}
+
+
 def difference(
     runs: list[dict[str, Any]], baseline: list[dict[str, Any]], quantities: Sequence[str] = QUANTITIES
 ) -> dict[str, Any]:
     """Arm minus baseline, paired by seed, for accuracy and each quantity: mean, std and t-interval over seeds.
 
-    accuracy also has `ci95_problems`: the same problems with the same random numbers were put to both, so the
-    difference on each problem, averaged over seeds, is resampled. It is there with one seed too, and knows nothing of
-    how seeds differ. Seeds that only one of the two has are left out.
+    accuracy also has `ci95_problems`. Both arms answered the same problems with the same random numbers, so it
+    resamples the difference on each problem, averaged over seeds. It exists with one seed too, and leaves out how seeds
+    differ. Seeds that only one of the two has are left out.
     """
     theirs = {run["seed"]: run for run in baseline}
     pairs = [(run, theirs[run["seed"]]) for run in runs if run["seed"] in theirs]
@@ -52,8 +57,8 @@ def difference(
 def seconds_to(accuracy: float, runs: Sequence[dict[str, Any]]) -> float | None:
     """Training time at which an arm's accuracy, the mean over its seeds, first was `accuracy`; None if it never was.
 
-    Straight lines join the evaluations, whose times are means over seeds too. One evaluation is a noisy number, and the
-    first of many that is high enough more so: read it with the whole curve.
+    Straight lines join the evaluations, whose times are means over seeds too. One evaluation is noisy, and the first
+    one that is high enough is noisier: read this number with the whole curve.
     """
     seconds, reached = (
         np.mean([[e[name] for e in run["evaluations"]] for run in runs], axis=0)

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 57 s, 12 min 5 s, 6 h 54 min."""
+    """Seconds for people: 57 s, 12 min 5 s, 6 h 54 min."""
     if seconds < 100:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""The next step's rollouts, sampled in a thread while the student is updated: off unless `rollout.ahead` says so.
+"""The next step's rollouts, sampled in a thread while the student is updated: only with `rollout.ahead`.
 
 Their policy is one update old, always one and never more: staleness 1. It is a copy of the student's weights, taken as
 the update begins; the first step has none before it, and is sampled from the copy on its own policy. How far the copy
@@ -27,11 +27,11 @@ class RolloutsAhead:
         self.coming: Future[Sampled] | None = None
 
     def begin(self, step: int, max_length: int) -> None:
-        """Start on the rollouts of `step`, from the weights of this moment; after the run's last step, nothing."""
+        """Start to sample the rollouts of `step` from the current weights; does nothing after the run's last step."""
         if step < self.steps:
             self.coming = self.thread.submit(self.sample, step, max_length, self.student.refreshed())
 
     def take(self) -> Sampled | None:
-        """What was begun, when it is done, or None. Raises what sampling raised."""
+        """Wait for the rollouts that were begun; None if none were. Raises what sampling raised."""
         coming, self.coming = self.coming, None
         return coming.result() if coming else None

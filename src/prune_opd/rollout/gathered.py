@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from prune_opd.distributed.world import full_tensor
-from prune_opd.rollout.base import Watcher
+from prune_opd.rollout.base import Sampler, SamplingParams, Watcher
 from prune_opd.rollout.local import LocalSampler
 from prune_opd.types import Rollouts
 
 
-class WholeWeightsSampler:
-    """A `Sampler` over a copy of a sharded student that holds the whole weights while it samples, and nothing between.
+class WholeWeightsSampler(Sampler):
+    """Samples with a copy of a sharded student that holds the whole weights during a call, and nothing between calls.
 
-    Token by token a sharded model would gather all its weights for each token, and ranks whose rollouts end earlier
-    would have to go on. So they are gathered once a call; then each rank samples by itself, without collectives. All
+    A sharded model would gather all its weights for each token, and ranks whose rollouts end earlier would have to go
+    on. So the weights are gathered once a call; then each rank samples by itself, without collectives. All
     ranks must call `sample` equally often, with prompts or without.
     """
 
@@ -28,24 +28,15 @@ class WholeWeightsSampler:
         self.sampler, self.student = sampler, student
         self.model = sampler.model = copy.deepcopy(student, hollow)
 
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        uniforms: Tensor,
-        *,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        watcher: Watcher | None = None,
+    def generate(
+        self, prompts: Sequence[Sequence[int]], uniforms: Tensor, params: SamplingParams, watcher: Watcher | None
     ) -> Rollouts:
         """See `Sampler.sample`."""
         with torch.no_grad():
             gathered = {id(p): full_tensor(p.detach()) for p in self.student.parameters()}
         self._assign(gathered)
         try:
-            return self.sampler.sample(
-                prompts, uniforms, temperature=temperature, top_p=top_p, top_k=top_k, watcher=watcher
-            )
+            return self.sampler.sample(prompts, uniforms, **vars(params), watcher=watcher)
         finally:
             self._assign({key: value.to("meta") for key, value in gathered.items()})
 

@@ -34,7 +34,7 @@ def audited(seed: int, step: int, rollouts: Sequence[int], share: float) -> Tens
 
 
 class InFlightStop:
-    """A `Watcher` that ends rollouts whose reliability is spent. `scores` holds all that the teacher said meanwhile."""
+    """A `Watcher` that ends rollouts whose reliability is spent. `scores` holds the teacher's scores so far."""
 
     def __init__(self, stream: TeacherStream, pruning: PruningSection, audit: Tensor, watch: Stopwatch) -> None:
         settings = pruning.in_flight
@@ -44,9 +44,9 @@ class InFlightStop:
         self.events_to_stop = math.ceil((1 - pruning.positive_eps) / w_drop) if w_drop else math.inf
         self.monitor = DriftMonitor(len(audit), w_drop=w_drop, eps=pruning.positive_eps)
         self.scores: TeacherScores | None = None
-        self.unscored: dict[int, int] = {}  # rollout -> its first token that waits for the next look that is worth it
+        self.unscored: dict[int, int] = {}  # rollout -> its first token that is not scored yet
         self.running = len(audit)
-        self.whole: list[Span] = []  # rollouts that ended before anyone read them; the teacher reads them last, packed
+        self.whole: list[Span] = []  # rollouts that ended before a look; the teacher scores them last, packed
 
     def watch(self, response_ids: Tensor, student: TopK, spans: Sequence[Span]) -> Mapping[int, int]:
         """See `Watcher.watch`."""
@@ -58,7 +58,7 @@ class InFlightStop:
         return stops
 
     def _read(self, response_ids: Tensor, student: TopK, spans: Sequence[Span]) -> dict[int, int]:
-        """Have the teacher read these tokens; which rollouts stop, and where."""
+        """Have the teacher score these tokens; returns {rollout: tokens kept} of those that stop."""
         if not spans:
             return {}
         with self.stopwatch.phase("teacher"):
@@ -92,9 +92,9 @@ class InFlightStop:
     def _due(self, spans: Sequence[Span]) -> list[Span]:
         """The spans to be scored now, with what waited before them; the others wait.
 
-        A token is at most one event, so a rollout with fewer new tokens than events left cannot be spent yet. Where a
-        look costs as much as the whole prefix, the looks grow apart (`TeacherStream.growth`). And a rollout that ended
-        before the first look at it can wait until all have: nothing is left to spare.
+        A token is at most one event, so a rollout with fewer new tokens than events left cannot be spent yet. Where
+        each look reads the whole prefix again, looks are made further apart (`TeacherStream.growth`). And a rollout
+        that ended before the first look at it can wait until all have ended: stopping it would save nothing.
         """
         due, events = [], self.monitor.events_so_far.tolist()
         for span in spans:
@@ -110,7 +110,7 @@ class InFlightStop:
         return due
 
     def scores_of(self, width: int) -> TeacherScores:
-        """Everything the teacher said, for the first `width` response positions."""
+        """The teacher's scores of the first `width` response positions."""
         assert self.scores is not None and not self.whole
         where = slice(None), slice(width)
         return replace(

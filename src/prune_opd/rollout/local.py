@@ -1,6 +1,6 @@
 """Sampling from a Hugging Face causal LM in this process: a decode loop over slots.
 
-A fixed number of slots decode one token each at every step. A rollout that ends, whatever for, gives its slot to the
+A fixed number of slots decode one token each at every step. A rollout that ends for any reason gives its slot to the
 next waiting prompt at once; when none waits, the last slot moves into the gap. So no decode step is spent on a finished
 row, and none on padding. Prompts are prefilled a batch at a time, each distinct prompt once for all its rollouts.
 """
@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 from prune_opd.core.head import OutputHead
 from prune_opd.models.causal_lm import compiled, hidden_states, output_head, use_attention
 from prune_opd.models.slot_cache import SLOT_ATTENTION, SlotCache
-from prune_opd.rollout.base import Watcher
-from prune_opd.types import Rollouts, Span, TopK
+from prune_opd.rollout.base import Progress, Sampler, SamplingParams, Watcher
+from prune_opd.types import Rollouts, TopK
 
-SHORTER = 0.75  # of the longest context: as far as this the second half of the slots is read by itself
+SHORTER = 0.75  # of the longest context: below this the second half of the slots is read by itself
 
 
 def draw(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float) -> Tensor:
@@ -41,8 +41,8 @@ def draw(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float) 
 
 
 @dataclass(frozen=True)
-class Said:
-    """Responses of a batch while they are written, and the numbers (B, T) float64 in [0, 1) that they are drawn by.
+class Generation:
+    """Responses of a batch while they are generated, and the uniforms (B, T) float64 in [0, 1) that they are drawn by.
 
     response_ids (B, T) int64 · student: the top-k at each token, None for k = 0 · sampled_logprobs (B, T) float32 of
     the ids, None unless they are kept.
@@ -62,7 +62,7 @@ def decode(
     context: Tensor,
     length: int,
     rest: int | None,
-    said: Said,
+    generation: Generation,
     where: tuple[Tensor, Tensor],
     *,
     vocab_size: int | None,
@@ -70,34 +70,34 @@ def decode(
     top_p: float,
     top_k: int,
 ) -> Tensor:
-    """The next token (R,) of the first R slots: written into `said`, with what the student thought of it.
+    """The next token (R,) of the first R slots, written into `generation` together with the student's top-k there.
 
-    Without a word to the host, so it compiles. last_token (R,) int64 stands at position context (R,) int64 of its slot;
-    length and rest as in `SlotCache.inputs`; where: rollout and position (R,) int64 of the new token. Log-probs and
-    entropies are of temperature 1, float32, over the first `vocab_size` ids.
+    It never synchronises with the host, so it compiles. last_token (R,) int64 stands at position context (R,) int64 of
+    its slot; length and rest as in `SlotCache.inputs`; where: rollout and position (R,) int64 of the new token.
+    Log-probs and entropies are of temperature 1, float32, over the first `vocab_size` ids.
     """
     inputs = cache.inputs(last_token[:, None], context[:, None], length=length, rest=rest)
     hidden = hidden_states(model, inputs)
     logits = head.logits(hidden[:, -1])[:, :vocab_size]
-    ids = draw(logits, said.uniforms[where], temperature=temperature, top_p=top_p)
-    said.response_ids[where] = ids
-    if said.student is not None:
+    ids = draw(logits, generation.uniforms[where], temperature=temperature, top_p=top_p)
+    generation.response_ids[where] = ids
+    if generation.student is not None:
         logprobs = logits.float().log_softmax(-1)
         best = logprobs.topk(top_k, dim=-1)
-        said.student.ids[where], said.student.logprobs[where] = best.indices, best.values
-        said.student.entropy[where] = torch.special.entr(logprobs.exp()).sum(-1)
-        if said.sampled_logprobs is not None:
-            said.sampled_logprobs[where] = logprobs.gather(-1, ids[:, None]).squeeze(-1)
+        generation.student.ids[where], generation.student.logprobs[where] = best.indices, best.values
+        generation.student.entropy[where] = torch.special.entr(logprobs.exp()).sum(-1)
+        if generation.sampled_logprobs is not None:
+            generation.sampled_logprobs[where] = logprobs.gather(-1, ids[:, None]).squeeze(-1)
     return ids
 
 
-class LocalSampler:
-    """Implements `Sampler` on a Hugging Face causal LM.
+class LocalSampler(Sampler):
+    """Samples from a Hugging Face causal LM in this process.
 
     `eos_ids` end a rollout; ids from `vocab_size` on (padding rows of the embedding) are never sampled; `slots` rows
     decode at once. `stride` decode steps run between two looks at what was sampled: a look makes an accelerator wait
     for the host, and what a row decodes past its end before the look is thrown away. compile: the decode step runs
-    compiled (`modeling.compiled`).
+    compiled (`causal_lm.compiled`).
     """
 
     def __init__(
@@ -116,63 +116,49 @@ class LocalSampler:
         self.stride = stride or (1 if model.device.type == "cpu" else 8)
         self.decode = compiled(decode) if compile else decode
         self.reads_halves = not (compile and model.device.type == "cpu")  # there each row is read by itself
-        self.keep_sampled_logprobs = False  # of use where `model` is not the one that is trained
+        self.keep_sampled_logprobs = False  # needed where `model` is not the one that is trained
 
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        uniforms: Tensor,
-        *,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        watcher: Watcher | None = None,
+    def generate(
+        self, prompts: Sequence[Sequence[int]], uniforms: Tensor, params: SamplingParams, watcher: Watcher | None
     ) -> Rollouts:
         """See `Sampler.sample`."""
         was_training = self.model.training
         self.model.eval()
         try:
             with torch.no_grad(), use_attention(self.model, SLOT_ATTENTION):
-                decode = _Decode(self, prompts, uniforms, temperature, top_p, top_k, watcher)
-                decode.run()
+                return _Decode(self, prompts, uniforms, params, watcher).run()
         finally:
             self.model.train(was_training)
-        return decode.rollouts()
 
 
-class _Decode:
-    """One call of `sample`: who sits in which slot, and what they have said so far."""
+class _Decode(Progress):
+    """One call of `sample`: which rollout is in which slot, and what it consists of so far."""
 
     def __init__(
         self,
         sampler: LocalSampler,
         prompts: Sequence[Sequence[int]],
         uniforms: Tensor,
-        temperature: float,
-        top_p: float,
-        top_k: int,
+        params: SamplingParams,
         watcher: Watcher | None,
     ) -> None:
-        self.sampler, self.prompts, self.watcher = sampler, prompts, watcher
-        self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
+        super().__init__(len(prompts))
+        self.sampler, self.prompts, self.params, self.watcher = sampler, prompts, params, watcher
         model = sampler.model
         self.head, self.device = output_head(model), model.device
         batch, self.cap = uniforms.shape
-        self.said = Said(
+        self.generation = Generation(
             uniforms.to(self.device),
             response_ids=torch.full(uniforms.shape, sampler.pad_id, device=self.device),
-            student=TopK.empty(batch, self.cap, top_k, self.device) if top_k else None,
+            student=TopK.empty(batch, self.cap, params.top_k, self.device) if params.top_k else None,
             sampled_logprobs=torch.zeros(uniforms.shape, device=self.device)
-            if top_k and sampler.keep_sampled_logprobs
+            if params.top_k and sampler.keep_sampled_logprobs
             else None,
         )
-        self.lengths = [0] * batch
-        self.finished, self.stopped = [False] * batch, [False] * batch
-        self.seen_by_watcher = [0] * batch
-        self.generated = self.slot_steps = 0
+        self.slot_steps = 0
 
         slots = min(sampler.slots, batch)
-        # Without a queue all are about as long, and compiled code need not know the other case.
+        # Without a queue all rollouts are about as long, and compiled code needs no second case.
         self.halves = batch > slots and sampler.reads_halves
         capacity = max(map(len, prompts), default=0) + self.cap
         self.cache = SlotCache(model, slots=slots, capacity=capacity)
@@ -181,13 +167,11 @@ class _Decode:
         self.prefilled: dict[tuple[int, ...], int] = {}  # prompt -> its row in the prompt cache
         self.prompt_cache: SlotCache | None = None
 
-    def run(self) -> None:
+    def run(self) -> Rollouts:
         """Decode until every rollout has ended."""
-        if self.cap == 0:
-            return
         ended: list[int] = []  # since the watcher looked last
         steps_since_look = 0
-        while self.waiting or self.seats:
+        while self.cap and (self.waiting or self.seats):
             self._fill_slots()
             stride = min(self.sampler.stride, self.cap - max(self.lengths[b] for b in self.seats))
             self._decode(stride)
@@ -197,24 +181,18 @@ class _Decode:
             steps_since_look += stride
             last = not (self.waiting or self.seats)
             if self.watcher is not None and (steps_since_look >= self.watcher.every or last):
-                self._free(self._look(ended))
+                student = self.generation.student
+                assert student is not None, "a watcher needs top_k > 0"
+                self.show(self.watcher, self.generation.response_ids, student, [*ended, *self.seats], ended)
+                self._free([slot for slot, b in enumerate(self.seats) if self.stopped[b]])
                 ended, steps_since_look = [], 0
-
-    def rollouts(self) -> Rollouts:
-        """Everything as tensors, cut to the longest kept response."""
-        said, longest = self.said, max([1, *self.lengths])
-        lengths = torch.tensor(self.lengths, dtype=torch.long, device=self.device)
-        mask = torch.arange(longest, device=self.device) < lengths[:, None]
-        return Rollouts(
-            prompts=self.prompts,
-            response_ids=said.response_ids[:, :longest].masked_fill(~mask, self.sampler.pad_id),
-            response_mask=mask,
-            finished=torch.tensor(self.finished, device=self.device),
-            stopped=torch.tensor(self.stopped, device=self.device),
-            student=said.student.at((slice(None), slice(longest))) if said.student else None,
-            generated=self.generated,
+        return self.rollouts(
+            self.prompts,
+            self.generation.response_ids,
+            self.generation.student,
+            self.generation.sampled_logprobs,
+            pad_id=self.sampler.pad_id,
             slot_steps=self.slot_steps,
-            sampled_logprobs=None if said.sampled_logprobs is None else said.sampled_logprobs[:, :longest] * mask,
         )
 
     # ---- slots ----
@@ -249,20 +227,19 @@ class _Decode:
         hidden_states(self.sampler.model, inputs)
 
     def _seat_tensors(self) -> None:
-        """What the device must know of the slots: rollout, next response position, context position, last token."""
-        said = [self.lengths[b] for b in self.seats]
+        """Tensors of the slots: rollout, next response position, context position, last token."""
         contexts = [self._context(b) for b in self.seats]
         self.longest, self.rest = max(contexts), None
         shorter = contexts[self.cache.half :]
         if self.halves and len(shorter) > 1 and max(shorter) < SHORTER * self.longest:
             self.rest = max(shorter)
         self.seated = torch.tensor(self.seats, device=self.device)
-        self.position = torch.tensor(said, device=self.device)
+        self.position = torch.tensor([self.lengths[b] for b in self.seats], device=self.device)
         starts = torch.tensor([len(self.prompts[b]) - 1 for b in self.seats], device=self.device)
         self.context = starts + self.position
         prompt_ends = torch.tensor([self.prompts[b][-1] for b in self.seats], device=self.device)
-        spoken = self.said.response_ids[self.seated, (self.position - 1).clamp(min=0)]
-        self.last_token = torch.where(self.position > 0, spoken, prompt_ends)
+        last_sampled = self.generation.response_ids[self.seated, (self.position - 1).clamp(min=0)]
+        self.last_token = torch.where(self.position > 0, last_sampled, prompt_ends)
 
     def _free(self, leaving: Sequence[int]) -> None:
         """Empty these slots. The last slot in use moves into a gap, and into one of the first half the longest rollout.
@@ -288,7 +265,7 @@ class _Decode:
             self.cache.copy_rows(self.cache, before, slots, max(self._context(self.seats[slot]) for slot, _ in moved))
 
     def _context(self, rollout: int) -> int:
-        """Tokens of the prompt and of what was said so far."""
+        """Tokens of the prompt and of the response so far."""
         return len(self.prompts[rollout]) + self.lengths[rollout]
 
     # ---- tokens ----
@@ -306,12 +283,10 @@ class _Decode:
                 self.context,
                 self.longest,
                 self.rest,
-                self.said,
+                self.generation,
                 (self.seated, self.position),
                 vocab_size=self.sampler.vocab_size,
-                temperature=self.temperature,
-                top_p=self.top_p,
-                top_k=self.top_k,
+                **vars(self.params),
             )
             self.position, self.context = self.position + 1, self.context + 1
             self.longest, self.rest = self.longest + 1, None if self.rest is None else self.rest + 1
@@ -321,30 +296,14 @@ class _Decode:
         """Read the last `stride` tokens of every slot; returns the slots whose rollouts have ended."""
         columns = self.position[:, None] + torch.arange(-stride, 0, device=self.device)
         leaving = []
-        eos_ids, spoken = self.sampler.eos_ids, self.said.response_ids[self.seated[:, None], columns].tolist()
-        for slot, (b, tokens) in enumerate(zip(self.seats, spoken, strict=True)):
-            said = stride
+        eos_ids, sampled = self.sampler.eos_ids, self.generation.response_ids[self.seated[:, None], columns].tolist()
+        for slot, (b, tokens) in enumerate(zip(self.seats, sampled, strict=True)):
+            count = stride
             if not eos_ids.isdisjoint(tokens):
-                said = next(i for i, token in enumerate(tokens, 1) if token in eos_ids)
+                count = next(i for i, token in enumerate(tokens, 1) if token in eos_ids)
                 self.finished[b] = True
-            self.lengths[b] += said
-            self.generated += said
+            self.lengths[b] += count
+            self.generated += count
             if self.finished[b] or self.lengths[b] == self.cap:
                 leaving.append(slot)
         return leaving
-
-    def _look(self, ended: Sequence[int]) -> list[int]:
-        """Show the watcher what is new; returns the slots of rollouts that it ended."""
-        student = self.said.student
-        assert self.watcher is not None and student is not None, "a watcher needs top_k > 0"
-        spans = [
-            Span(b, self.seen_by_watcher[b], self.lengths[b], ended=b in ended)
-            for b in [*ended, *self.seats]
-            if self.lengths[b] > self.seen_by_watcher[b]
-        ]
-        for span in spans:
-            self.seen_by_watcher[span.rollout] = span.end
-        for b, kept in self.watcher.watch(self.said.response_ids, student, spans).items():
-            self.finished[b] &= kept == self.lengths[b]
-            self.stopped[b], self.lengths[b] = not self.finished[b], kept
-        return [slot for slot, b in enumerate(self.seats) if self.stopped[b]]

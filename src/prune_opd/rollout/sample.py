@@ -1,4 +1,4 @@
-"""A step's rollouts, and whoever read along while they were written."""
+"""The rollouts of one step, and the watcher that saw them while they were generated."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from prune_opd.types import Rollouts
 
 @dataclass(frozen=True)
 class Sampled:
-    """Rollouts of a step, before the teacher's word is whole. numbers: which of the step's rollouts these are (a rank's
-    share) · audit (B,) bool · in_flight: who watched them, if anybody did.
+    """Rollouts of a step, before the teacher has scored all of them.
+
+    numbers: which of the step's rollouts these are (a rank's share) · audit (B,) bool · in_flight: their watcher, None
+    without one.
     """
 
     numbers: Sequence[int]

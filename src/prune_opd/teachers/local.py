@@ -28,7 +28,7 @@ class LocalTeacher:
     """Implements `Teacher`; the model is put into eval mode and never receives a gradient.
 
     Ids from `vocab_size` on are padding rows of one of the two embeddings: neither candidates nor part of a normaliser.
-    `token_budget` is the most tokens of one forward, as in `pack`. compile: they run compiled (`modeling.compiled`).
+    `token_budget` is the most tokens of one forward, as in `pack`. compile: they run compiled (`causal_lm.compiled`).
     """
 
     def __init__(

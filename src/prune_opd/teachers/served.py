@@ -15,7 +15,7 @@ follow from what that API can do:
     stop by at most that factor, which costs tokens and changes nothing else.
 
 Log-probabilities are normalised over the vocabulary that the server's model has, padding rows included; their mass is
-nothing in trained models. Nothing is trained on an answer that is not whole: see `parse_scores`.
+nothing in trained models. An incomplete answer is refused as a whole: see `parse_scores`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 from prune_opd.core.head import OutputHead
 from prune_opd.errors import ModelError, ServerError, TokenizerError
 from prune_opd.models.packing import Packed
-from prune_opd.serving.client import BadAnswer, Replica, Servers, check_model
+from prune_opd.serving.client import BadAnswer, Replica, Servers, only_choice
 from prune_opd.serving.probe import probe_ids
 from prune_opd.teachers.local import empty_scores
 from prune_opd.types import Rollouts, Span, TeacherScores, TopK
@@ -71,18 +71,8 @@ class ServedTeacher:
         ServerError when it cannot be reached or refuses `top_logprobs`.
         """
         self.fingerprint = fingerprint
+        self.servers.check_model(self.model, longest + 1, whose="teacher", setting="model.teacher_server.model")
         for replica in self.servers.replicas:
-            self.servers.patiently(
-                replica,
-                lambda replica: check_model(
-                    self.servers,
-                    replica,
-                    self.model,
-                    longest + 1,
-                    whose="teacher",
-                    setting="model.teacher_server.model",
-                ),
-            )
             self.servers.patiently(replica, lambda replica: self._check_tokenizer(replica, tokenizer))
             self.servers.patiently(replica, self._probe)
 
@@ -114,18 +104,17 @@ class ServedTeacher:
         return {
             "model": self.model,
             "prompt": list(token_ids),
-            "max_tokens": 1,  # the least that every version takes; what it says is not looked at
+            "max_tokens": 1,  # the least that every version takes; the token itself is not used
             "temperature": 0,
             "prompt_logprobs": self.top_logprobs,
             "return_token_ids": True,
         }
 
     def _read(self, answer: Any, token_ids: Sequence[int]) -> PromptScores:
-        if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list) or len(answer["choices"]) != 1:
-            raise BadAnswer("expected an object with one choice")
+        choice = only_choice(answer)
         if answer.get("model") != self.model:
             raise ServerError(f"an answer is of the model {answer.get('model')!r}, asked was {self.model!r}")
-        return parse_scores(answer["choices"][0], token_ids, min(self.top_logprobs, self.vocab_size), self.vocab_size)
+        return parse_scores(choice, token_ids, min(self.top_logprobs, self.vocab_size), self.vocab_size)
 
     # ---- who answers ----
 
@@ -185,8 +174,8 @@ class ServedStream:
     def score(self, response_ids: Tensor, student: TopK, spans: Sequence[Span]) -> TeacherScores:
         """See `TeacherStream.score`. `scored` counts what the servers read, so a rollout counts at every request."""
         scores = self.scores or empty_scores(response_ids, student, self.top_k)
-        said, candidates = response_ids.cpu(), student.ids.cpu()
-        sequences = [[*self.prompts[s.rollout], *said[s.rollout, : s.end].tolist()] for s in spans]
+        ids, candidates = response_ids.cpu(), student.ids.cpu()
+        sequences = [[*self.prompts[s.rollout], *ids[s.rollout, : s.end].tolist()] for s in spans]
         for span, found in zip(spans, self.teacher.servers.map(self.teacher.ask, sequences), strict=True):
             where = span.rollout, slice(span.start, span.end)
             # Row i of the answer is the prediction of token i + 1.
@@ -206,7 +195,7 @@ class ServedStream:
 
 @dataclass(frozen=True)
 class PromptScores:
-    """What a server says of a sequence of L tokens: row i is its prediction of token i + 1.
+    """A server's scores of a sequence of L tokens: row i is its prediction of token i + 1.
 
     ids (L-1, N + 1) int64, logprobs (L-1, N + 1) float32, most likely first, id -1 where there is none · unlisted
     (L-1,): log-probability of each id that is not listed, an even share of the mass left · entropy (L-1,) · sampled
@@ -230,13 +219,13 @@ class PromptScores:
         return torch.where(same.any(-1), listed, self.unlisted[:, None])
 
 
-def parse_scores(choice: Any, token_ids: Sequence[int], count: int, vocab_size: int) -> PromptScores:
+def parse_scores(choice: dict[str, Any], token_ids: Sequence[int], count: int, vocab_size: int) -> PromptScores:
     """Take a completion's `prompt_logprobs` apart: the first None, then for each token {id: {"logprob": float}}.
 
     Raises BadAnswer unless there is an entry for each token sent, with the ids sent, each with the `count` most likely
     tokens and the token itself, all of them finite log-probabilities of one distribution.
     """
-    found = choice.get("prompt_logprobs") if isinstance(choice, dict) else None
+    found = choice.get("prompt_logprobs")
     if not isinstance(found, list) or len(found) != len(token_ids):
         got = f"{len(found)} positions" if isinstance(found, list) else "no prompt_logprobs"
         raise BadAnswer(f"expected scores of {len(token_ids)} tokens, got {got}")
