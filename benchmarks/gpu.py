@@ -64,13 +64,13 @@ def main() -> None:
     heads = {"head of torch": False} | ({"head of Liger": True} if find_spec("liger_kernel") else {})
     short, config = (bench.config(args.rollouts, length, **settings) for length in (64, args.length))
     for liger in heads.values():
-        bench.step(short.with_settings(**{"model.liger_head": liger}), args.rollouts)
+        bench.step(with_settings(short, **{"model.liger_head": liger}), args.rollouts)
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in heads}
     peaks = dict.fromkeys(heads, 0)
     for _ in range(args.repeats):
         for name, liger in heads.items():
             torch.cuda.reset_peak_memory_stats()
-            seconds = bench.step(config.with_settings(**{"model.liger_head": liger}), args.rollouts)[1]
+            seconds = bench.step(with_settings(config, **{"model.liger_head": liger}), args.rollouts)[1]
             samples[name].append(seconds | {"cpu": seconds["wall"]})
             peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated())
             phases = ", ".join(f"{p} {seconds[p]:.1f}" for p in PHASES)

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from prune_opd.config import load_config
+from prune_opd.config import load_config, with_settings
 from prune_opd.training.trainer import Trainer
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -56,11 +56,11 @@ def measure(recipe: Path, settings: dict[str, Any], repeats: int, folder: Path) 
     trainers = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # settings of the recipe that an arm has no use for
-        config = load_config(recipe).with_settings(
-            **{"pruning.dynamic_response_length.enable": False, "evaluation.data": "", **settings}
+        config = with_settings(
+            load_config(recipe), **{"pruning.dynamic_response_length.enable": False, "evaluation.data": "", **settings}
         )
         for arm, changes in ARMS.items():
-            trainers[arm] = Trainer(config.with_settings(**changes), folder / arm, console=Console(quiet=True))
+            trainers[arm] = Trainer(with_settings(config, **changes), folder / arm, console=Console(quiet=True))
             (folder / arm).mkdir()
     weights = {name: value.clone() for name, value in trainers["opd"].student.state_dict().items()}
     samples: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}

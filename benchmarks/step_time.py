@@ -41,7 +41,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
-from prune_opd.config import Config, parse_config
+from prune_opd.config import Config, parse_config, with_settings
 from prune_opd.models.loading import load_model, resolve_model
 from prune_opd.timing import Stopwatch
 from prune_opd.training.trainer import Trainer
@@ -254,7 +254,7 @@ def run_case(student: str, teacher: str, args: argparse.Namespace, folder: Path)
     }
     config = parse_config(settings, where="benchmarks/step_time.py")
     arms: dict[str, Ours | Peer] = {
-        name: Ours(config.with_settings(**changes), folder / name) for name, changes in OURS.items()
+        name: Ours(with_settings(config, **changes), folder / name) for name, changes in OURS.items()
     }
     source = next(iter(arms.values())).trainer.parts.prompts
     batches = [

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from prune_opd.config import Config, load_config, parse_config, setting_names, settings_without_effect
+from prune_opd.config import Config, load_config, parse_config, setting_names, settings_without_effect, with_settings
 from prune_opd.errors import ConfigError
 
 MODELS = '[model]\nmodel_name_or_path = "a"\nteacher_model_name_or_path = "b"\n'
@@ -37,7 +37,7 @@ def without_warnings(path: Path, *overrides: str) -> Config:
 def config(**settings: Any) -> Config:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return parse_config(NESTED, where="a test").with_settings(**settings)
+        return with_settings(parse_config(NESTED, where="a test"), **settings)
 
 
 # ---- names ----
@@ -353,7 +353,7 @@ def test_a_default_that_was_not_written_down_never_warns(write):
 
 def test_with_settings_changes_what_it_names_and_nothing_else():
     before = config(**{"training.steps": 5, "pruning.dynamic_response_length.step": 7})
-    after = before.with_settings(**{"pruning.dynamic_response_length.margin": 9, "training.seed": 3})
+    after = with_settings(before, **{"pruning.dynamic_response_length.margin": 9, "training.seed": 3})
     assert before.training.seed == 0
     changed = after.model_dump()
     assert changed["training"].pop("seed") == 3
@@ -361,14 +361,14 @@ def test_with_settings_changes_what_it_names_and_nothing_else():
     expected = before.model_dump()
     del expected["training"]["seed"], expected["pruning"]["dynamic_response_length"]["margin"]
     assert changed == expected
-    assert before.with_settings() == before
+    assert with_settings(before) == before
 
 
 def test_with_settings_checks_like_a_recipe():
     with pytest.raises(ConfigError, match=r"changed settings: unknown setting training.step; did you mean"):
-        config().with_settings(**{"training.step": 1})
+        with_settings(config(), **{"training.step": 1})
     with pytest.raises(ConfigError, match="max_len = 12288 is above"):
-        config().with_settings(**{"rollout.max_completion_length": 2000})
+        with_settings(config(), **{"rollout.max_completion_length": 2000})
 
 
 def test_a_dumped_config_is_a_recipe_of_the_same_run():

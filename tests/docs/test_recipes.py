@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import prune_opd
-from prune_opd.config import Config, load_config
+from prune_opd.config import Config, load_config, with_settings
 from prune_opd.preflight.memory import parameters_in_name
 from prune_opd.preflight.plan import describe_plan
 
@@ -62,7 +62,7 @@ def test_the_sweep_changes_the_threshold_and_nothing_else():
     sweep = {load(path).pruning.threshold: load(path) for name, path in PAPER.items() if name.startswith("justrl")}
     assert sorted(sweep) == [0.6, 0.7, 0.8, 0.9]
     for config in sweep.values():
-        assert config.with_settings(**{"pruning.threshold": 0.7}) == main
+        assert with_settings(config, **{"pruning.threshold": 0.7}) == main
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from prune_opd.config import load_config
+from prune_opd.config import load_config, with_settings
 from prune_opd.errors import ConfigError, RunDirectoryError, RunInterrupted
 from prune_opd.evaluation.evaluate import bootstrap_ci95
 from prune_opd.experiments.arms import SETTINGS, Reference, arm_config
@@ -215,7 +215,7 @@ def test_a_prune_arm_without_a_window_warns():
     config = load_config(RECIPE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = config.with_settings(**{"pruning.dynamic_response_length.enable": False})
+        config = with_settings(config, **{"pruning.dynamic_response_length.enable": False})
     with pytest.warns(UserWarning, match="never cut"):
         arm_config(config, "prune", 0)
 

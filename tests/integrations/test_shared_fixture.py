@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 
+from prune_opd.config import with_settings
 from prune_opd.core.window import TrainingWindow
 from prune_opd.training.build import build_optimizer, build_window
 from tests import engines_fixture as fixture
@@ -48,7 +49,7 @@ def test_the_fixture_shows_something():
 def test_our_step():
     student = copy.deepcopy(fixture.models()[0]).train()
     config = config_of().model_copy(update={"pruning": fixture.PRUNING, "objective": fixture.OBJECTIVE})
-    config = config.with_settings(**{"training.learning_rate": 1e-12})
+    config = with_settings(config, **{"training.learning_rate": 1e-12})
     optimizer, window = build_optimizer(student, config)[0], build_window(config)
     for number, step in enumerate(fixture.engine_steps()):
         assert window.length == step.window_before

@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import DistillationConfig
 
-from prune_opd.config import InFlightSection, ObjectiveSection, PruningSection
+from prune_opd.config import InFlightSection, ObjectiveSection, PruningSection, with_settings
 from prune_opd.errors import ConfigError
 from prune_opd.integrations.trl import WINDOW_FILE, PruneDistillationTrainer
 from prune_opd.models.causal_lm import output_head, packed_states
@@ -148,7 +148,7 @@ def test_five_steps_are_five_of_ours(tmp_path, in_flight, accumulation):
             optimizer=optimizer,
             window=window,
             vocab_size=VOCAB,
-            config=config.with_settings(**{"pruning.in_flight.enable": False}),
+            config=with_settings(config, **{"pruning.in_flight.enable": False}),
         )
         assert int(rollouts.lengths.max()) <= result.window.previous_length
         assert row["prune_opd/next_max_response_length"] == result.window.length

@@ -48,7 +48,7 @@ with warnings.catch_warnings():
     import prune_opd.integrations.verl as plugin
     import prune_opd.integrations.verl.loss as loss_module
 
-from prune_opd.config import PruningSection, load_config
+from prune_opd.config import PruningSection, load_config, with_settings
 from prune_opd.errors import CheckpointError, ConfigError, EngineError, NonFiniteError
 from prune_opd.models.loading import load_tokenizer
 from prune_opd.step import StepResult
@@ -147,7 +147,7 @@ class Given:
 @functools.cache
 def our_steps() -> tuple[OurStep, ...]:
     config = config_of().model_copy(update={"pruning": PRUNING, "objective": OBJECTIVE})
-    config = config.with_settings(**{"training.learning_rate": 1e-12, "training.max_grad_norm": 1e9})
+    config = with_settings(config, **{"training.learning_rate": 1e-12, "training.max_grad_norm": 1e9})
     student, teacher = fixture.models()
     window, steps = build_window(config), []
     for number, step in enumerate(fixture.engine_steps()):

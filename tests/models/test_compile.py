@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch._inductor import cpp_builder
 
-from prune_opd.config import parse_config
+from prune_opd.config import parse_config, with_settings
 from prune_opd.errors import ConfigError, ModelError
 from prune_opd.models.causal_lm import COMPILED_VARIANTS, check_compiler, compiled
 
@@ -70,7 +70,7 @@ def steps(*, compile: bool) -> list[dict[str, float]]:
             optimizer=optimizer,
             window=None,
             vocab_size=VOCAB,
-            config=config.with_settings(**{"rollout.max_completion_length": length}),
+            config=with_settings(config, **{"rollout.max_completion_length": length}),
         )
         done.append(
             {

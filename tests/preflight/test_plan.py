@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prune_opd.config import Config, parse_config, setting_names
+from prune_opd.config import Config, parse_config, setting_names, with_settings
 from prune_opd.core.drift import drift_report
 from prune_opd.core.window import TrainingWindow
 from prune_opd.errors import ModelError
@@ -51,7 +51,7 @@ def config(student: str = "org/Some-1.5B", teacher: str = "org/Other-7B-Base", *
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return parse_config(nested, where="a test").with_settings(**settings)
+        return with_settings(parse_config(nested, where="a test"), **settings)
 
 
 def network(**kwargs: Any) -> torch.nn.Module:

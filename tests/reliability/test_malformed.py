@@ -503,7 +503,7 @@ def test_a_checkpoint_that_was_made_by_hand(tmp_path, resume, name):
 def test_a_pickle_in_the_place_of_a_file_is_not_run(tmp_path, resume, name):
     trap = tmp_path / "trap"
     action = resume(on_every_checkpoint(resigned(name, saved({"optimizer": Hostile(str(trap))}))))
-    with contextlib.suppress(PruneOPDError):  # config and tokenizer of a checkpoint are for others; a resume has its own
+    with contextlib.suppress(PruneOPDError):  # a resume does not read all of them
         action()
     assert not trap.exists()
 

@@ -1,6 +1,6 @@
 """Every setting of a run, how a recipe is read, and what may not be combined."""
 
-from prune_opd.config.load import load_config, parse_config, setting_names
+from prune_opd.config.load import load_config, parse_config, setting_names, with_settings
 from prune_opd.config.rules import settings_without_effect
 from prune_opd.config.schema import (
     Config,
@@ -46,4 +46,5 @@ __all__ = [
     "parse_config",
     "setting_names",
     "settings_without_effect",
+    "with_settings",
 ]

@@ -60,6 +60,14 @@ def parse_config(settings: dict[str, Any], *, where: str, files: Mapping[Path, s
     return config
 
 
+def with_settings(config: Config, **changes: Any) -> Config:
+    """A copy with dotted settings changed, checked again: ``with_settings(config, **{"training.seed": 1})``."""
+    settings = config.model_dump(exclude_unset=True)
+    for name, value in changes.items():
+        set_value(settings, name, value)
+    return parse_config(settings, where="changed settings")
+
+
 def _place(keys: Sequence[Any], files: Mapping[Path, str], *, missing: bool = False) -> str | None:
     """file:line where a setting is written, as far as reading line by line can tell; None where no line has it.
 

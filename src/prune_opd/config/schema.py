@@ -342,12 +342,3 @@ class Config(Section):
     def with_threshold(self, threshold: float) -> Config:
         """A copy with γ in place of "auto"."""
         return self.model_copy(update={"pruning": self.pruning.model_copy(update={"threshold": threshold})})
-
-    def with_settings(self, **changes: Any) -> Config:
-        """A copy with dotted settings changed, checked again: ``with_settings(**{"training.seed": 1})``."""
-        from prune_opd.config.load import parse_config, set_value  # here, since load.py makes a Config out of a recipe
-
-        settings = self.model_dump(exclude_unset=True)
-        for name, value in changes.items():
-            set_value(settings, name, value)
-        return parse_config(settings, where="changed settings")

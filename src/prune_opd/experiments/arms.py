@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prune_opd.config import Config
+from prune_opd.config import Config, with_settings
 from prune_opd.errors import CheckpointError, ConfigError, RunLogError
 from prune_opd.reporting.run_logs import read_lines, trained
 from prune_opd.training.files import read_json
@@ -81,7 +81,7 @@ def arm_config(config: Config, arm: str, seed: int, reference: Reference | None 
             )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pruning settings have no effect in the other arms, on purpose
-        return config.with_settings(**settings)
+        return with_settings(config, **settings)
 
 
 def check_arms(config: Config, arms: Sequence[str], references: bool) -> None:
@@ -121,7 +121,7 @@ def read_reference(run_dir: Path, config: Config, seed: int) -> Reference:
         drift = {row["step"]: row for row in read_lines(run_dir / "drift.jsonl")}
     except (OSError, CheckpointError, RunLogError) as error:
         raise ConfigError(f"{run_dir} is no run to follow ({error}); give a run directory as --reference") from None
-    steps, ours = config.training.steps, config.with_settings(**{"training.seed": seed}).model_dump()
+    steps, ours = config.training.steps, with_settings(config, **{"training.seed": seed}).model_dump()
     for section, name in (("training", "seed"), ("rollout", "prompts_per_step"), ("rollout", "num_generations")):
         if theirs[section][name] != ours[section][name]:
             raise ConfigError(

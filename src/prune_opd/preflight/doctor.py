@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from prune_opd.config import Config
+from prune_opd.config import Config, with_settings
 from prune_opd.core.drift import SAFE_SHARE, drift_report
 from prune_opd.data.source import DatasetSource, held_out_prompts, training_prompts
 from prune_opd.errors import ModelError, PruneOPDError
@@ -233,7 +233,7 @@ def _probe(config: Config, tokenizers: Tokenizers, prompts: Sequence[Prompt], sa
         torch.set_num_threads(config.training.threads)
     device, token_ids = models.resolve_device(config.training.device), [prompt.token_ids for prompt in prompts]
     student = models.load_student(config, device)
-    config = config.with_settings(**{"model.compile": False})  # would take minutes, for a few responses
+    config = with_settings(config, **{"model.compile": False})  # would take minutes, for a few responses
     teacher, vocab_size = build_teacher(config, student, tokenizers[0], None, device=device)
     if isinstance(teacher, ServedTeacher):
         say("teacher's servers", "ok", f"model, tokens and {teacher.top_logprobs} candidates a token are as expected")
