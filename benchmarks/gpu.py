@@ -27,6 +27,8 @@ from rich.console import Console
 from scaling import PHASES, Bench, least_work, measured_ceilings, summarise, table_of
 from transformers import Qwen3Config
 
+from prune_opd.config import with_settings
+
 QWEN3_1_7B = {
     "vocab_size": 151_936,
     "hidden_size": 2048,
