@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from prune_opd.config.rules import conflicts, secrets, settings_without_effect
 from prune_opd.config.schema import Config, Section
@@ -123,6 +124,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Pat
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the settings of `over` in their place; a section in both keeps what `over` does not name."""
     both = dict(base)
     for key, value in over.items():
         both[key] = _merge(both[key], value) if isinstance(value, dict) and isinstance(both.get(key), dict) else value
@@ -130,7 +132,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def set_value(settings: dict[str, Any], name: str, value: Any) -> None:
-    """Put `value` where the dotted `name` says, in place; a section that is missing, or no section, is made."""
+    """Set a dotted name in nested settings, in place; makes the sections that are missing."""
     *parents, last = name.split(".")
     for key in parents:
         if not isinstance(settings.get(key), dict):
@@ -157,7 +159,8 @@ def setting_names(section: type[Section] = Config, prefix: str = "") -> Iterator
             yield f"{prefix}{name}"
 
 
-def _explain(error: Any) -> str:
+def _explain(error: ErrorDetails) -> str:
+    """One mistake that pydantic found, in words of a recipe."""
     # pydantic also names the member of a union that it tried, as in list[str] or constrained-float.
     parts = (str(part) for part in error["loc"])
     name = ".".join(part for part in parts if "[" not in part and not part.startswith("constrained-"))

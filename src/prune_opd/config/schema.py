@@ -22,7 +22,7 @@ from prune_opd.core.choices import (
 
 
 class Section(BaseModel):
-    """Unknown names are errors, `true` is no number and "3" neither, and nothing changes after loading."""
+    """Unknown names are errors. Neither `true` nor "3" is a number. Nothing can be set after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -37,9 +37,9 @@ class LoraSection(Section):
 
 
 class TeacherServerSection(Section):
-    """How `model.teacher_model_server_url` is asked. A key is read from the environment, PRUNE_OPD_SERVER_API_KEY."""
+    """Requests to `model.teacher_model_server_url`. Their API key is the environment's PRUNE_OPD_SERVER_API_KEY."""
 
-    model: str | None = Field(None, description="Name that the servers serve the teacher under; unset, the teacher's.")
+    model: str | None = Field(None, description="Name of the teacher on the servers; unset, its own.")
     top_logprobs: PositiveInt = Field(
         20, description="Teacher tokens asked for at each position; at most the servers' --max-logprobs."
     )
@@ -60,14 +60,14 @@ class ModelSection(Section):
         False, description="torch.compile for decoding, scoring and the update: slow to start, faster from then on."
     )
     liger_head: bool = Field(
-        False, description="The update's log-probs by Liger's fused kernel: a CUDA GPU and prune-opd[liger]."
+        False, description="Log-probs of the update from Liger's fused kernel; needs a CUDA GPU and prune-opd[liger]."
     )
     trust_remote_code: bool = Field(False, description="Run model code that ships with a checkpoint.")
     lora: LoraSection | None = Field(None, description="Train adapters instead of all weights.")
     teacher_model_server_url: str | list[str] | None = Field(
         None, description="Address of a vLLM server that scores in the teacher's place, or a list of replicas."
     )
-    teacher_server: TeacherServerSection = Field(default_factory=TeacherServerSection, description="How it is asked.")
+    teacher_server: TeacherServerSection = Field(default_factory=TeacherServerSection, description="Requests to it.")
 
 
 class DataSection(Section):
@@ -81,16 +81,16 @@ class DataSection(Section):
     chat_template_kwargs: dict[str, Any] = Field(
         {}, description="Variables of the tokenizer's chat template, for example enable_thinking = false."
     )
-    max_prompt_length: PositiveInt = Field(1024, description="Longer prompts (in tokens) are dropped and counted.")
+    max_prompt_length: PositiveInt = Field(1024, description="Prompts of more tokens are left out and counted.")
 
 
 class VLLMServerSection(Section):
-    """How `rollout.vllm_server_url` is asked. A key is read from the environment, PRUNE_OPD_SERVER_API_KEY."""
+    """Requests to `rollout.vllm_server_url`. Their API key is the environment's PRUNE_OPD_SERVER_API_KEY."""
 
-    model: str | None = Field(None, description="Name that the servers serve the student under; unset, the student's.")
+    model: str | None = Field(None, description="Name of the student on the servers; unset, its own.")
     weights_dir: str | None = Field(
         None,
-        description="Folder that servers see too, for weights; unset, a temporary one, for servers on this machine.",
+        description="Folder for weights that the servers can read too; unset, a temporary one on this machine.",
     )
     timeout: float = Field(1800.0, gt=0, description="Seconds of silence after which a request counts as lost.")
     deadline: float = Field(3600.0, gt=0, description="Seconds within which a request must be answered, with retries.")
@@ -116,7 +116,7 @@ class RolloutSection(Section):
         None,
         description="Address of a vLLM server that samples, or a list of replicas; unset, an engine in this process.",
     )
-    vllm_server: VLLMServerSection = Field(default_factory=VLLMServerSection, description="How it is asked.")
+    vllm_server: VLLMServerSection = Field(default_factory=VLLMServerSection, description="Requests to it.")
     vllm_gpu_memory_utilization: float = Field(0.3, gt=0, le=1, description="Share of the GPU that vLLM may take.")
     importance_sampling_cap: float | None = Field(
         None,
@@ -149,7 +149,7 @@ class RewardSection(Section):
     )
     opd_kl_coef: float = Field(1.0, ge=0, description="Factor of the teacher's signal, as in slime; the task has 1.")
     after_drift: AfterDrift = Field(
-        "both", description="Where reliability is gone: the teacher counts with w_base, or the task reward is alone."
+        "both", description="Where reliability is gone, the teacher counts with w_base (both) or not (task_only)."
     )
     mask_truncated_completions: bool = Field(
         False, description="No task reward for rollouts that were cut before they ended; the teacher's signal stays."
@@ -164,25 +164,27 @@ class DynamicResponseLengthSection(Section):
     min_len: PositiveInt = Field(1024, description="Smallest window.")
     max_len: PositiveInt = Field(12288, description="Largest window.")
     step: PositiveInt = Field(100, description="Growth and shrinkage per update.")
-    hit_ratio: float = Field(0.1, gt=0, le=1, description="Share of rollouts reliable to the end that lets it grow.")
-    margin: int = Field(100, ge=0, description="How far from its end a rollout may stop being reliable and still hit.")
-    shrink_patience: PositiveInt = Field(3, description="Misses in a row before it shrinks.")
+    hit_ratio: float = Field(0.1, gt=0, le=1, description="It grows when this share of rollouts hits it.")
+    margin: int = Field(100, ge=0, description="A rollout hits if reliable until so many tokens before the end.")
+    shrink_patience: PositiveInt = Field(3, description="It shrinks after so many steps in a row below that share.")
 
 
 class InFlightSection(Section):
-    """Ending a rollout while it is generated, once its reliability is spent."""
+    """Ending a rollout while it is generated, once its reliability is gone."""
 
     enable: bool = Field(False, description="Stop drifted rollouts in flight; the paper only caps the next batch.")
-    chunk: PositiveInt = Field(128, description="Decode steps between two looks; changes the cost, not the result.")
+    chunk: PositiveInt = Field(128, description="Decode steps between two checks; changes the cost, not the result.")
     min_tokens: int = Field(0, ge=0, description="A rollout keeps at least this many tokens.")
     stop_after_events: PositiveInt | None = Field(
         None, description="Stop after so many drift events; unset, when reliability is 0 (1 / w_drop events)."
     )
-    audit_share: float = Field(1 / 16, ge=0, le=1, description="Share of rollouts that run on uncut, to be looked at.")
+    audit_share: float = Field(
+        1 / 16, ge=0, le=1, description="Share of rollouts never stopped, to see what is cut off."
+    )
 
 
 class RepetitionSection(Section):
-    """Loops as drift: repetition keeps the overlap high, so a loop would look reliable."""
+    """Loops count as drift. Without this guard a loop looks reliable, because repetition keeps the overlap high."""
 
     enable: bool = Field(False, description="Count each token of a loop as a drift event; off in the paper.")
     max_period: PositiveInt = Field(32, description="Longest loop, in tokens.")
@@ -201,7 +203,7 @@ class PruningSection(Section):
     w_drop: float = Field(0.01, ge=0, le=1, description="Reliability lost per drift event.")
     w_base: float = Field(0.5, ge=0, description="Weight that stays when reliability is gone.")
     reweight: bool = Field(
-        True, description="Weigh tokens by reliability; off, every token has weight 1 and drift steers lengths alone."
+        True, description="Weigh tokens by reliability; off, every token has weight 1, and drift steers only lengths."
     )
     positive_eps: float = Field(1e-8, ge=0, lt=1, description="Reliability at or below it counts as gone.")
     dynamic_response_length: DynamicResponseLengthSection = Field(
@@ -212,7 +214,7 @@ class PruningSection(Section):
 
 
 class ControlSection(Section):
-    """What `compare` holds Prune-OPD against; no part of the method. One entry for each step; `compare` writes them."""
+    """Controls that `compare` writes, one entry for each step, to hold Prune-OPD against. No part of the method."""
 
     lengths: list[PositiveInt] | None = Field(
         None, description="Longest response of each step, in place of the window: arms ramp and replay."
@@ -245,16 +247,16 @@ class TrainingSection(Section):
     seed: int = Field(0, ge=0, description="Seed of everything: order, sampling, initialisation of adapters.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps ...")
     parallel: Literal["ddp", "fsdp2"] = Field(
-        "ddp", description="Under torchrun: each process holds all of the student and its AdamW state, or a shard."
+        "ddp", description="Under torchrun, each process holds the whole student and AdamW state, or a shard."
     )
-    threads: int = Field(1, ge=0, description="CPU threads of torch (0 leaves it alone); one is best on busy cores.")
+    threads: int = Field(1, ge=0, description="CPU threads of torch (0 leaves its default); one is best on busy cores.")
     save_every: PositiveInt = Field(50, description="Steps between checkpoints; the last step is always saved.")
     keep_last: PositiveInt = Field(2, description="Newest checkpoints kept.")
     keep_every: PositiveInt | None = Field(
-        None, description="Checkpoints of steps that it divides are kept for good; a multiple of save_every."
+        None, description="Checkpoints at multiples of it are kept for good; itself a multiple of save_every."
     )
     max_skipped_steps: int = Field(
-        3, ge=0, description="Steps that may be skipped for NaN or infinite numbers before the run stops."
+        3, ge=0, description="Steps with NaN or infinite numbers that are skipped before the run stops."
     )
 
 
@@ -276,7 +278,7 @@ class TrackingSection(Section):
 
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field([], description="Trackers to write to as well.")
     rollouts_per_step: int = Field(2, ge=0, description="Rollouts written to rollouts.jsonl at each step.")
-    rollout_tokens: int = Field(512, ge=0, description="Their first tokens, which get weights and candidates.")
+    rollout_tokens: int = Field(512, ge=0, description="First tokens of each, which get weights and candidates.")
     rollout_candidates: PositiveInt = Field(5, description="Top candidates of each model written for such a token.")
 
 

@@ -23,7 +23,7 @@ NO_LIMIT = 2**31  # a benchmark's problems are all measured, however long
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where it is on the Hub, in which columns, and how many problems it has there and in every faithful copy."""
+    """Where it is on the Hub, its columns, and the number of problems that every faithful copy has."""
 
     hub_id: str
     split: str
@@ -59,9 +59,9 @@ def load_benchmark(
 ) -> Sequence[Prompt]:
     """The problems of a benchmark as prompts, the first `num_problems` or all.
 
-    name_or_path: a name of `BENCHMARKS`, in any spelling (AIME24, aime_24); else task:chain_sum or
-    reasoning_gym:NAME, whose held-out problems have no end, so that 100 are taken when num_problems is unset; else a
-    file, a folder or a Hub id, read as it is (`split` matters for these alone).
+    name_or_path: a name of `BENCHMARKS`, in any spelling (AIME24, aime_24); or task:chain_sum or reasoning_gym:NAME,
+    whose held-out problems have no end (100 when num_problems is unset); or a file, a folder or a Hub id, read as it
+    is. `split` matters only for the last three.
 
     prompt_suffix: unset, benchmarks by name get `BOXED_SUFFIX`, since only a stated answer is graded, and others none.
 

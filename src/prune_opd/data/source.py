@@ -38,7 +38,7 @@ class DatasetSource:
         self.prompts, self.seed, self.dropped_too_long = prompts, seed, dropped_too_long
 
     def check_gradable(self) -> None:
-        """DataError where a prompt has nothing to grade against: before the first step, not in the middle of a run."""
+        """DataError where a prompt has nothing to grade against. Call it before the first step, to lose no run."""
         ungraded = next((p for p in self.prompts if not p.is_gradable), None)
         if ungraded is not None:
             raise DataError(
@@ -143,7 +143,7 @@ def held_out_prompts(
 ) -> Sequence[Prompt]:
     """The first `count` validation problems of `source`; the same ones for every seed and arm.
 
-    `data` says how they are read and written, and which split they are from unless `split` does.
+    data: how they are read and rendered; its `train` is not used, and its `split` only where `split` is None.
     """
     data = data.model_copy(update={"train": source, "split": split or data.split})
     if source.startswith(TASK_PREFIX):
