@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from prune_opd.distributed.merging import merged
+from prune_opd.distributed.merging import Share, merged
 from prune_opd.distributed.sharding import launched, shard, whole_weights
 from prune_opd.distributed.world import ALONE, full_tensor
 from prune_opd.errors import NonFiniteError
 from prune_opd.models.causal_lm import output_head
 from prune_opd.models.loading import add_adapters
-from prune_opd.reporting.metrics import metrics_of
+from prune_opd.reporting.metrics import metrics_of, step_share
 from prune_opd.rollout.gathered import WholeWeightsSampler
 from prune_opd.rollout.local import LocalSampler
 from prune_opd.teachers.local import LocalTeacher
@@ -80,15 +80,19 @@ def run_case(name, world, parallel="ddp"):
             world=world,
         )
         found["rows"].append(world.gather(len(mine.numbers)))
-        result = merged(mine, world, same=("window", "loss", "grad_norm", "seconds"))
-        if result is not None:
+        share = merged(step_share(mine, config), world)
+        ids = [
+            row[:length].tolist() for row, length in zip(mine.rollouts.response_ids, mine.rollouts.lengths, strict=True)
+        ]
+        everyone = merged(Share(mine.numbers, {"ids": ids}), world)
+        if share is not None and everyone is not None:
             # What a share of the work changes: padding, and tokens past a stop, which depend on when the teacher looks.
             skip = ("time/", "tokens/generated", "tokens/scored", "tokens/update_padding", "rollout/slot_occupancy")
-            record = {k: v for k, v in metrics_of(result, config).items() if not k.startswith(skip)}
+            record = {k: v for k, v in metrics_of(mine, config, share).items() if not k.startswith(skip)}
             found["steps"].append(record)
-            found["lengths"].append(result.rollouts.lengths)
-            found["effective"].append(result.drift.effective_length)
-            found["ids"].append(result.rollouts.response_ids)
+            found["lengths"].append(share.rows["length"])
+            found["effective"].append(share.rows["effective_length"])
+            found["ids"].append(everyone.rows["ids"])
     found["gradients"] = {n: full_tensor(p.grad) for n, p in student.named_parameters() if p.grad is not None}
     found["weights"] = whole_weights(student, world)
     return found

@@ -64,7 +64,8 @@ def test_ranks_do_what_one_process_does(of_ranks, size, parallel, name):
     one, many = of_one(name), of_ranks(size)[name, parallel]
     for step, (alone, together) in enumerate(zip(one["steps"], many["steps"], strict=True)):
         assert together == pytest.approx(alone, rel=1e-5, abs=1e-5), step
-        for key in ("ids", "lengths", "effective"):
+        assert many["ids"][step] == one["ids"][step], step
+        for key in ("lengths", "effective"):
             assert torch.equal(many[key][step], one[key][step]), (step, key)
         empty = many["rows"][step].count(0)
         assert empty == (size - 1 if name.startswith("one-prompt") else 0), "the case does not test what it says"

@@ -15,14 +15,14 @@ from prune_opd.config import PruningSection, load_config
 from prune_opd.core.overlap import nucleus_accept, overlap_mass
 from prune_opd.errors import ConfigError, RunLogError
 from prune_opd.experiments.replay import events_of, read_config, replay, suggested_threshold, variants, what_if
-from prune_opd.reporting.drift_log import LoggedStep, drift_record, read_drift
+from prune_opd.reporting.drift_log import LoggedStep, drift_record, drift_share, read_drift
 from tests.test_step import config_of, run_step
 from tests.training.test_trainer import IN_FLIGHT, RECIPE, records, run
 
 
 def written(result, folder):
     """The log of one step, read back."""
-    record = drift_record(1, result.rollouts, result.scores, result.drift, result.weight)
+    record = drift_record(1, drift_share(result))
     (folder / "drift.jsonl").write_text(json.dumps(record) + "\n")
     (log,) = read_drift(folder)
     return log

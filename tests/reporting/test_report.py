@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import zlib
+from base64 import b64encode
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from prune_opd.config import load_config
 from prune_opd.errors import RunLogError
 from prune_opd.experiments.compare import compare
 from prune_opd.reporting.report import arm_rows, page_run, render, write_report
-from prune_opd.reporting.run_logs import read_runs
+from prune_opd.reporting.run_logs import bytes_of_text, read_runs
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
 SMALL = [
@@ -249,7 +251,7 @@ def test_the_heat_map_is_the_mean_overlap_of_its_cell(comparison):
     assert (heat["height"], heat["width"]) == (1, 1)
     for column, record in enumerate(lines(run.path / "drift.jsonl")):
         for row in range(len(heat["columns"][0]) // 2):
-            found = [bytes.fromhex(shared)[row] / 8 for shared in record["shared"] if len(shared) // 2 > row]
+            found = [shared[row] / 8 for shared in map(bytes_of_text, record["shared"]) if len(shared) > row]
             cell = int(heat["columns"][column][2 * row : 2 * row + 2], 16)
             assert cell == 255 if not found else abs(cell / 250 - np.mean(found)) <= 0.5 / 250 + 1e-9
 
@@ -258,7 +260,7 @@ def test_mean_weights_are_those_of_the_drift_rule(comparison):
     """Recomputed in plain Python from the overlaps: weight 1.5, less 0.02 an event below γ = 0.6."""
     for record in lines(comparison / "prune-seed0/drift.jsonl"):
         by_rollout = []
-        for shared in map(bytes.fromhex, record["shared"]):
+        for shared in map(bytes_of_text, record["shared"]):
             events = np.cumsum([s / 8 < 0.6 for s in shared])
             by_rollout.append(np.clip(1 - 0.02 * events, 0, 1) + 0.5)
         for t, mean in enumerate(record["weight_by_position"]):
@@ -400,7 +402,10 @@ def test_a_long_run_of_many_arms_stays_below_five_megabytes(run, tmp_path):
     """Three runs of 200 steps; rollouts of 512 tokens, all of whose characters take six bytes."""
     metrics, drift, rollouts = (lines(run / f"{name}.jsonl")[1] for name in ("metrics", "drift", "rollouts"))
     metrics |= {"prune_opd/current_max_response_length": 4096}
-    drift |= {"shared": ["0301080605020407" * 512], "weight_by_position": [1.2345] * 4096}
+    drift |= {
+        "shared": [b64encode(zlib.compress(bytes([3, 1, 8, 6, 5, 2, 4, 7]) * 512)).decode()],
+        "weight_by_position": [1.2345] * 4096,
+    }
     times = 512 // len(rollouts["token_ids"])
     rollouts |= {name: rollouts[name] * times for name in ("token_ids", "weight", "shared", "teacher_logprob")}
     for side in ("student", "teacher"):

@@ -23,6 +23,7 @@ from prune_opd.errors import (
 )
 from prune_opd.evaluation.graders import grade
 from prune_opd.models.loading import resolve_model
+from prune_opd.reporting.run_logs import bytes_of_text
 from prune_opd.training.trainer import Trainer
 from tests.openai_server import serving
 
@@ -101,7 +102,7 @@ def test_training_changes_the_student_and_the_window_moves(tmp_path):
     for name in ("config.json", "env.json", "drift.jsonl", "rollouts.jsonl"):
         assert (tmp_path / "run" / name).stat().st_size > 0
     for row in records(tmp_path / "run", "drift.jsonl"):
-        assert [len(bytes.fromhex(shared)) for shared in row["shared"]] == row["length"]
+        assert [len(bytes_of_text(shared)) for shared in row["shared"]] == row["length"]
 
 
 def test_the_same_recipe_gives_the_same_run_and_another_seed_another(tmp_path):

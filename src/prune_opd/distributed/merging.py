@@ -1,10 +1,10 @@
-"""One result of all ranks, for the process that writes."""
+"""What the process that writes needs of a step of all ranks: numbers of rollouts and sums, not the rollouts."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import fields, is_dataclass, replace
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,58 +12,52 @@ from torch import Tensor
 
 from prune_opd.distributed.world import World
 
-T = TypeVar("T")
 
+@dataclass(frozen=True)
+class Share:
+    """What one rank has to tell of its rollouts; `merged` makes one of all.
 
-def merged(result: T, world: World, *, same: Collection[str]) -> T | None:
-    """On rank 0 a dataclass of the rollouts of all ranks, in the order of one process; None on the others.
-
-    result.numbers: which of the step's rollouts a rank has. Tensors (B, ...) and sequences go side by side, whole
-    numbers add up; the fields `same`, of the step and not of a rollout, are rank 0's.
+    numbers: which of the step's rollouts these are · rows: of each of them, tensors (B,) or lists · sums: tensors () or
+    (T,) that add up over the ranks, the shorter padded with zeros · peaks: numbers of which the largest counts.
     """
+
+    numbers: Sequence[int]
+    rows: dict[str, Tensor | list[Any]]
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    peaks: dict[str, float] = field(default_factory=dict)
+
+
+def merged(share: Share, world: World) -> Share | None:
+    """On rank 0 the shares of all ranks as one process would have them; None on the other ranks."""
     if world.size == 1:
-        return result
-    found: list[Any] | None = [result] * world.size if world.rank == 0 else None
-    dist.gather_object(_to(result, "cpu"), found)
+        return share
+    found: list[Any] | None = [share] * world.size if world.rank == 0 else None
+    dist.gather_object(_on_cpu(share), found)
     if found is None:
         return None
-    order = torch.tensor([number for one in found for number in one.numbers]).argsort()
-    own: Any = result
-    kept = {name: getattr(own, name) for name in same}
-    # Counts of ranks without a rollout too.
-    counts = {
-        f.name: sum(getattr(one, f.name) for one in found) for f in fields(own) if isinstance(getattr(own, f.name), int)
-    }
-    parts = [replace(one, **dict.fromkeys(same)) for one in found if one.numbers]
-    return _to(replace(_together(parts, order), **kept, **counts), own.rollouts.response_ids.device)
+    full: list[Share] = [one for one in found if one.numbers]  # a rank without a rollout has its counts to tell
+    numbers = [number for one in full for number in one.numbers]
+    order = sorted(range(len(numbers)), key=numbers.__getitem__)
+    rows: dict[str, Tensor | list[Any]] = {}
+    for name, first in full[0].rows.items():
+        parts: list[Any] = [one.rows[name] for one in full]
+        everyone = torch.cat(parts) if isinstance(first, Tensor) else [item for part in parts for item in part]
+        rows[name] = everyone[order] if isinstance(everyone, Tensor) else [everyone[i] for i in order]
+    sums = {name: _total([one.sums[name] for one in found if name in one.sums]) for name in full[0].sums}
+    peaks = {name: max(one.peaks[name] for one in full) for name in full[0].peaks}
+    return Share([numbers[i] for i in order], rows, sums, peaks)
 
 
-def _together(parts: Sequence[Any], order: Tensor) -> Any:
-    """The same field of several results as one: rollouts side by side, right-padded to one length; counts added up."""
-    first = parts[0]
-    if is_dataclass(first) and not isinstance(first, type):
-        return replace(first, **{f.name: _together([getattr(p, f.name) for p in parts], order) for f in fields(first)})
-    if isinstance(first, Tensor):
-        width = max(part.shape[1] for part in parts) if first.dim() > 1 else 0
-        padded = [_widened(part, width) if part.dim() > 1 else part for part in parts]
-        return torch.cat(padded)[order]
-    if isinstance(first, int) and not isinstance(first, bool):
-        return sum(parts)
-    if isinstance(first, list | tuple):
-        everyone = [item for part in parts for item in part]
-        return [everyone[i] for i in order.tolist()]
-    return first
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of tensors () or (T,), in the order of ranks."""
+    if parts[0].dim() == 0:
+        return torch.stack(list(parts)).sum()
+    total = parts[0].new_zeros(max(len(part) for part in parts))
+    for part in parts:
+        total[: len(part)] += part
+    return total
 
 
-def _widened(tensor: Tensor, width: int) -> Tensor:
-    """(B, T, ...) to (B, width, ...): padding repeats nothing real and is masked everywhere."""
-    padding = tensor.new_zeros(len(tensor), width - tensor.shape[1], *tensor.shape[2:])
-    return torch.cat([tensor, padding], dim=1)
-
-
-def _to(value: Any, device: torch.device | str) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: _to(getattr(value, f.name), device) for f in fields(value)})
-    return value
+def _on_cpu(share: Share) -> Share:
+    rows = {name: row.cpu() if isinstance(row, Tensor) else row for name, row in share.rows.items()}
+    return Share(share.numbers, rows, {name: value.cpu() for name, value in share.sums.items()}, share.peaks)

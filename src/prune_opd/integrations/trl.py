@@ -42,7 +42,7 @@ from prune_opd.errors import ConfigError
 from prune_opd.models.causal_lm import output_head, packed_states
 from prune_opd.models.loading import check_token_maps, shared_vocab_size
 from prune_opd.models.packing import pack
-from prune_opd.reporting.metrics import distillation_metrics
+from prune_opd.reporting.metrics import distillation_metrics, distillation_sums
 from prune_opd.rollout.base import Progress
 from prune_opd.rollout.events import drift_events
 from prune_opd.rollout.in_flight import InFlightStop, audited
@@ -229,7 +229,7 @@ class PruneDistillationTrainer(DistillationTrainer):
         scores = recorder.in_flight.scores_of(rollouts.response_ids.shape[1]) if recorder.in_flight else None
         self.batch = self.prune(rollouts, scores)
         mode = "train" if self.model.training else "eval"
-        for name, value in distillation_metrics(rollouts, self.batch.scores).items():
+        for name, value in distillation_metrics(distillation_sums(rollouts, self.batch.scores)).items():
             if "/pos_" not in name:
                 self._metrics[mode][name].append(value)
         effective = self.batch.drift.effective_length.double()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jinja2.utils import htmlsafe_json_dumps
 
-from prune_opd.reporting.run_logs import PHASES, Run, read_lines
+from prune_opd.reporting.run_logs import PHASES, Run, bytes_of_text, read_lines
 
 MOST_POINTS = 240  # of a line; longer runs are thinned
 MOST_COLUMNS, MOST_ROWS = 120, 80  # of the heat map: steps and positions
@@ -90,7 +90,7 @@ def _drift(run: Run) -> dict[str, Any]:
             break
         column = (step - 1) // width
         for line in record["shared"]:
-            shared = np.frombuffer(bytes.fromhex(line), dtype=np.uint8)
+            shared = np.frombuffer(bytes_of_text(line), dtype=np.uint8)
             row = np.arange(len(shared)) // height
             sums[column] += np.bincount(row, shared, minlength=rows)
             counts[column] += np.bincount(row, minlength=rows)

@@ -1,24 +1,28 @@
 """drift.jsonl: how compatible student and teacher were at every token of a run, compactly, for what-ifs and reports.
 
-Compatibility takes one byte a token and metric, written as two hexadecimal digits, so that every setting of drift can
-be tried again without a model (`replay.py`).
+Compatibility is one byte a token and metric, compressed (zlib, base64) for each rollout, so that every setting of drift
+can be tried again without a model (`replay.py`).
 """
 
 from __future__ import annotations
 
+import zlib
+from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from prune_opd.core.drift import DriftReport
 from prune_opd.core.overlap import mass_above, overlap_mass, shared_candidates
+from prune_opd.distributed.merging import Share
 from prune_opd.errors import RunLogError
-from prune_opd.reporting.run_logs import read_lines
-from prune_opd.types import Rollouts, TeacherScores
+from prune_opd.reporting.run_logs import bytes_of_text, read_lines
+
+if TYPE_CHECKING:
+    from prune_opd.step import StepResult
 
 MASS_LEVELS = 254  # of a probability mass in a byte; 255 is left for "not among the candidates"
 
@@ -42,26 +46,32 @@ class LoggedStep:
     above: Tensor
 
 
-def drift_record(
-    step: int, rollouts: Rollouts, scores: TeacherScores, drift: DriftReport, weight: Tensor
-) -> dict[str, Any]:
-    """The line of one step; weight (B, T), as it was applied."""
-    student, teacher = rollouts.student, scores.topk
+def drift_share(result: StepResult) -> Share:
+    """What the drift log keeps of this rank's rollouts: about two bytes a token, however large K and the vocabulary."""
+    rollouts, teacher, drift, mask = result.rollouts, result.scores.topk, result.drift, result.rollouts.response_mask
+    student = rollouts.student
     assert student is not None
     lengths = rollouts.lengths.tolist()
     above = mass_above(rollouts.response_ids, teacher.ids, teacher.logprobs)
-    return {
-        "step": step,
+    rows: dict[str, Tensor | list[Any]] = {
         "length": lengths,
         "finished": rollouts.finished.tolist(),
         "stopped": rollouts.stopped.tolist(),
         "effective_length": drift.effective_length.tolist(),
         "onset": drift.onset.tolist(),
-        "shared": _hex(shared_candidates(student.ids, teacher.ids).sum(-1), lengths),
-        "mass": _hex(_level(overlap_mass(student.ids, student.logprobs, teacher.ids)), lengths),
-        "above": _hex(_level(above).where(above.isfinite(), 255), lengths),
-        "weight_by_position": _mean_by_position(weight, rollouts.response_mask),
+        "shared": _text(shared_candidates(student.ids, teacher.ids).sum(-1), lengths),
+        "mass": _text(_level(overlap_mass(student.ids, student.logprobs, teacher.ids)), lengths),
+        "above": _text(_level(above).where(above.isfinite(), 255), lengths),
     }
+    sums = {"weight": result.weight.double().masked_fill(~mask, 0).sum(0), "reached": mask.sum(0).double()}
+    return Share(result.numbers, rows, sums)
+
+
+def drift_record(step: int, share: Share) -> dict[str, Any]:
+    """The line of one step, from the shares of all ranks."""
+    weight, reached = share.sums["weight"], share.sums["reached"]
+    means = weight[reached > 0] / reached[reached > 0]
+    return {"step": step, **share.rows, "weight_by_position": [round(mean, 4) for mean in means.tolist()]}
 
 
 def read_drift(run_dir: Path) -> Iterator[LoggedStep]:
@@ -72,7 +82,7 @@ def read_drift(run_dir: Path) -> Iterator[LoggedStep]:
     for record in read_lines(path):
         try:
             yield _parsed(record)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
             raise RunLogError(
                 f"{path}: no step of a drift log ({type(error).__name__}: {error}); it was edited, or an older version "
                 "wrote it: run again"
@@ -83,19 +93,19 @@ def _parsed(record: dict[str, Any]) -> LoggedStep:
     lengths = torch.tensor(record["length"])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
 
-    def bytes_of(name: str) -> Tensor:
+    def whole(name: str) -> Tensor:
         values = torch.zeros(mask.shape, dtype=torch.long)
-        values[mask] = torch.tensor(list(bytes.fromhex("".join(record[name]))))
+        values[mask] = torch.tensor(list(b"".join(map(bytes_of_text, record[name]))))
         return values
 
-    above = bytes_of("above")
+    above = whole("above")
     return LoggedStep(
         record["step"],
         lengths,
         torch.tensor(record["finished"]),
         mask,
-        bytes_of("shared"),
-        bytes_of("mass") / MASS_LEVELS,
+        whole("shared"),
+        whole("mass") / MASS_LEVELS,
         (above / MASS_LEVELS).where(above < 255, torch.inf),
     )
 
@@ -104,12 +114,7 @@ def _level(mass: Tensor) -> Tensor:
     return (mass.clamp(0, 1) * MASS_LEVELS).round().long()
 
 
-def _hex(values: Tensor, lengths: Sequence[int]) -> list[str]:
-    return [bytes(row[:n]).hex() for row, n in zip(values.tolist(), lengths, strict=True)]
-
-
-def _mean_by_position(values: Tensor, mask: Tensor) -> list[float]:
-    """Mean over the rollouts that reach each position; values, mask (B, T)."""
-    reached = mask.sum(0)
-    means = values.double().masked_fill(~mask, 0).sum(0)[reached > 0] / reached[reached > 0]
-    return [round(mean, 4) for mean in means.tolist()]
+def _text(values: Tensor, lengths: Sequence[int]) -> list[str]:
+    """Bytes (B, T) as one compressed text for each rollout."""
+    rows = values.to(torch.uint8).cpu().numpy()
+    return [b64encode(zlib.compress(row[:n].tobytes())).decode() for row, n in zip(rows, lengths, strict=True)]

@@ -1,8 +1,8 @@
-"""Metrics as sums and counts, so that means are right over micro-batches of any size; and where the time went."""
+"""The metrics of a step, from sums and counts of each rank, so that means are right for any number of ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,12 +12,46 @@ from prune_opd.config import Config, RepetitionSection
 from prune_opd.core.drift import repetition_events
 from prune_opd.core.objective import LOGPROB_FLOOR, group_advantage
 from prune_opd.core.overlap import overlap_mass, topk_overlap
+from prune_opd.distributed.merging import Share
 from prune_opd.step import StepResult
 from prune_opd.types import Rollouts, TeacherScores
 
 
-def distillation_metrics(rollouts: Rollouts, scores: TeacherScores) -> dict[str, float]:
-    """How student and teacher compare, over all kept tokens and by position (`/pos_<a>_<b>`, [a, b) in tokens).
+def step_share(result: StepResult, config: Config) -> Share:
+    """What `metrics_of` needs of this rank's rollouts: a few numbers for each, and sums by position."""
+    rollouts, drift = result.rollouts, result.drift
+    ngrams = repeated_ngrams(rollouts.response_ids, rollouts.response_mask)
+    counts = {
+        "generated": rollouts.generated,
+        "slot_steps": rollouts.slot_steps,
+        "scored": result.scores.scored,
+        "packed_tokens": result.packed_tokens,
+        "padding": result.padding,
+        "repeated_ngrams": ngrams[0],
+        "ngrams": ngrams[1],
+    }
+    rows: dict[str, Tensor | list[Any]] = {
+        "length": rollouts.lengths,
+        "finished": rollouts.finished,
+        "stopped": rollouts.stopped,
+        "effective_length": drift.effective_length,
+    }
+    if result.rewards is not None:
+        rows["reward"] = result.rewards
+    if result.spent_at is not None:
+        rows |= stop_rows(rollouts, result.events, result.audit, result.spent_at, config.pruning.repetition)
+    gap_sums, peaks = engine_gap(rollouts, result.trainer_logprobs)
+    sums = {
+        "weight": result.weight.sum(),
+        **{name: torch.tensor(count, dtype=torch.long) for name, count in counts.items()},
+        **distillation_sums(rollouts, result.scores),
+        **gap_sums,
+    }
+    return Share(result.numbers, rows, sums, peaks)
+
+
+def distillation_sums(rollouts: Rollouts, scores: TeacherScores) -> dict[str, Tensor]:
+    """Sums over rollouts at each position, (T,) float64, of how student and teacher compare; `positions` counts them.
 
     overlap_ratio · student_mass, teacher_mass: probability that each model puts on the shared candidates · reverse_kl
     over the student's candidates, its p renormalised on them · entropy_gap, |H(p) - H(q)|. Nats.
@@ -32,27 +66,29 @@ def distillation_metrics(rollouts: Rollouts, scores: TeacherScores) -> dict[str,
         "reverse_kl": (share * (student.logprobs - scores.candidate_logprobs.clamp(min=LOGPROB_FLOOR))).sum(-1),
         "entropy_gap": (student.entropy - teacher.entropy).abs(),
     }
-    counts = rollouts.response_mask.sum(0).double()
+    mask = rollouts.response_mask
+    sums = {f"distillation/{name}": v.double().masked_fill(~mask, 0).sum(0) for name, v in quantities.items()}
+    return sums | {"positions": mask.sum(0).double()}
+
+
+def distillation_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """Means of `distillation_sums` over all kept tokens and by position (`/pos_<a>_<b>`, [a, b) in tokens)."""
     return {
         key: mean
-        for name, values in quantities.items()
-        for key, mean in position_means(
-            f"distillation/{name}", values.double().masked_fill(~rollouts.response_mask, 0).sum(0), counts
-        )
+        for name, values in sums.items()
+        if name.startswith("distillation/")
+        for key, mean in position_means(name, values, sums["positions"])
     }
 
 
-def engine_metrics(rollouts: Rollouts, trainer_logprobs: Tensor | None) -> dict[str, float]:
-    """How far the engine that sampled is from the policy that is trained, when they are two; nats, over kept tokens."""
+def engine_gap(rollouts: Rollouts, trainer_logprobs: Tensor | None) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """How far the engine that sampled is from the policy that is trained, when they are two: sums, and the largest."""
     if rollouts.sampled_logprobs is None or trainer_logprobs is None:
-        return {}
+        return {}, {}
     gap = (trainer_logprobs - rollouts.sampled_logprobs)[rollouts.response_mask].double()
-    return {
-        "rollout/logprob_gap_mean": gap.abs().mean().item(),
-        "rollout/logprob_gap_max": gap.abs().max().item(),
-        # k3 estimate of KL(engine || trainer): unbiased, never negative. Schulman, "Approximating KL divergence" (2020)
-        "rollout/engine_kl": (gap.exp() - 1 - gap).mean().item(),
-    }
+    # k3 estimate of KL(engine || trainer): unbiased, never negative. Schulman, "Approximating KL divergence" (2020)
+    sums = {"engine_gap": gap.abs().sum(), "engine_kl": (gap.exp() - 1 - gap).sum()}
+    return sums, {"engine_gap": gap.abs().max().item() if len(gap) else 0.0}
 
 
 def position_means(key: str, sums: Tensor, counts: Tensor) -> Iterator[tuple[str, float]]:
@@ -67,10 +103,10 @@ def position_means(key: str, sums: Tensor, counts: Tensor) -> Iterator[tuple[str
         start, stop = stop, 2 * stop
 
 
-def stop_metrics(
+def stop_rows(
     rollouts: Rollouts, events: Tensor, audit: Tensor, spent_at: Tensor, guard: RepetitionSection
-) -> dict[str, float]:
-    """Stops by cause, and how many audit rollouts came back after the point of a stop.
+) -> dict[str, Tensor | list[Any]]:
+    """Of each rollout, (B,) bool: was it stopped in a loop, is it an audit, would it have been stopped, came it back?
 
     events (B, T) bool, audit (B,) bool, spent_at (B,) int64 as in `DriftMonitor`. A stop is the repetition guard's if
     its last token stood in a loop. An audit rollout that would have been stopped came back if the median token after
@@ -84,13 +120,7 @@ def stop_metrics(
     would_stop = audit & (spent_at >= 0) & (spent_at < lengths.cpu())
     after = mask.cpu() & (torch.arange(mask.shape[1]) >= spent_at[:, None])
     came_back = would_stop & (2 * (events.cpu() & after).sum(-1) < after.sum(-1))
-    return {
-        "completions/stopped_by_drift": (rollouts.stopped & ~looped).double().mean().item(),
-        "completions/stopped_by_repetition": looped.double().mean().item(),
-        "audit/rollouts": int(audit.sum()),
-        "audit/would_stop": int(would_stop.sum()),
-        "audit/came_back": int(came_back.sum()),
-    }
+    return {"looped": looped, "audit": audit, "would_stop": would_stop, "came_back": came_back}
 
 
 def reward_metrics(rewards: Tensor, group_size: int) -> dict[str, float]:
@@ -110,22 +140,27 @@ def reward_metrics(rewards: Tensor, group_size: int) -> dict[str, float]:
     return found
 
 
-def repetition_rate(response_ids: Tensor, mask: Tensor, *, n: int = 8) -> float:
-    """Share of n-grams that already stood earlier in the same rollout; response_ids and mask (B, T)."""
+def repeated_ngrams(response_ids: Tensor, mask: Tensor, *, n: int = 8) -> tuple[int, int]:
+    """n-grams that already stood earlier in the same rollout, and all n-grams; response_ids and mask (B, T)."""
     repeated = total = 0
     for ids, valid in zip(response_ids.tolist(), mask.sum(-1).tolist(), strict=True):
         grams = [tuple(ids[i : i + n]) for i in range(valid - n + 1)]
         repeated, total = repeated + len(grams) - len(set(grams)), total + len(grams)
-    return repeated / total if total else 0.0
+    return repeated, total
 
 
-def metrics_of(result: StepResult, config: Config) -> dict[str, Any]:
-    """The metrics record of one step; keys are listed in docs/metrics.md."""
-    rollouts, scores, drift, change = result.rollouts, result.scores, result.drift, result.window
-    lengths, effective = rollouts.lengths, drift.effective_length.double()
+def metrics_of(result: StepResult, config: Config, share: Share | None = None) -> dict[str, Any]:
+    """The metrics record of one step; keys are listed in docs/metrics.md.
+
+    share: of all ranks (`merged`), where there are several; from the result comes what all ranks have alike.
+    """
+    share, change = share or step_share(result, config), result.window
+    rows: Any = share.rows
+    lengths, finished, stopped = rows["length"], rows["finished"], rows["stopped"]
+    effective, sums = rows["effective_length"].double(), share.sums
+    count = {name: int(value) for name, value in sums.items() if value.dtype == torch.long}
     budget = config.rollout.max_completion_length
     cap = change.previous_length if change else budget
-    unfinished = ~rollouts.finished
     trained = int(lengths.sum())
     record = {
         "loss": result.loss,
@@ -136,28 +171,34 @@ def metrics_of(result: StepResult, config: Config) -> dict[str, Any]:
         "prune_opd/effective_response_length_max": effective.max().item(),
         "prune_opd/effective_response_length_min": effective.min().item(),
         "prune_opd/effective_response_length_p90": effective.quantile(0.9).item(),
-        "prune_opd/loss_weight_mean": (result.weight.sum() / trained).item(),
-        **distillation_metrics(rollouts, scores),
-        **engine_metrics(rollouts, result.trainer_logprobs),
+        "prune_opd/loss_weight_mean": (sums["weight"] / trained).item(),
+        **distillation_metrics(sums),
         "completions/mean_length": lengths.double().mean().item(),
-        "completions/eos_rate": rollouts.finished.double().mean().item(),
-        "completions/clipped_ratio": (unfinished & ~rollouts.stopped).double().mean().item(),
-        "completions/repetition_rate": repetition_rate(rollouts.response_ids, rollouts.response_mask),
-        "tokens/generated": rollouts.generated,
-        "tokens/scored": scores.scored,
+        "completions/eos_rate": finished.double().mean().item(),
+        "completions/clipped_ratio": (~finished & ~stopped).double().mean().item(),
+        "completions/repetition_rate": count["repeated_ngrams"] / max(count["ngrams"], 1),
+        "tokens/generated": count["generated"],
+        "tokens/scored": count["scored"],
         "tokens/trained": trained,
-        "tokens/update_padding": result.padding / result.packed_tokens,
+        "tokens/update_padding": count["padding"] / count["packed_tokens"],
         # Upper bounds: a rollout that was cut might have ended by itself before the whole budget was used.
-        "tokens/saved": int((budget - lengths)[unfinished].sum()),
-        "tokens/saved_by_stops": int((cap - lengths)[rollouts.stopped].sum()),
-        "rollout/slot_occupancy": rollouts.generated / max(rollouts.slot_steps, 1),
+        "tokens/saved": int((budget - lengths)[~finished].sum()),
+        "tokens/saved_by_stops": int((cap - lengths)[stopped].sum()),
+        "rollout/slot_occupancy": count["generated"] / max(count["slot_steps"], 1),
         **{f"time/{name}": seconds for name, seconds in result.seconds.items()},
     }
     if change:
         record["prune_opd/effective_response_length_hit_ratio"] = change.hit_ratio
-    if result.rewards is not None:
-        record |= reward_metrics(result.rewards, config.rollout.num_generations)
-    if result.spent_at is not None:
-        guard = config.pruning.repetition
-        record |= stop_metrics(rollouts, result.events, result.audit, result.spent_at, guard)
+    if "engine_gap" in sums:
+        record["rollout/logprob_gap_mean"] = (sums["engine_gap"] / trained).item()
+        record["rollout/logprob_gap_max"] = share.peaks["engine_gap"]
+        record["rollout/engine_kl"] = (sums["engine_kl"] / trained).item()
+    if "reward" in rows:
+        record |= reward_metrics(rows["reward"], config.rollout.num_generations)
+    if "audit" in rows:
+        record["completions/stopped_by_drift"] = (stopped & ~rows["looped"]).double().mean().item()
+        record["completions/stopped_by_repetition"] = rows["looped"].double().mean().item()
+        record["audit/rollouts"] = int(rows["audit"].sum())
+        record["audit/would_stop"] = int(rows["would_stop"].sum())
+        record["audit/came_back"] = int(rows["came_back"].sum())
     return record

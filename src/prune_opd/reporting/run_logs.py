@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
+from base64 import b64decode
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,3 +145,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunLogError(f"{path} cannot be read ({error}); restore it from the run that wrote it") from None
+
+
+def bytes_of_text(text: str) -> bytes:
+    """One byte for each token of a rollout, from the text that a drift log has of it. ValueError or zlib.error."""
+    return zlib.decompress(b64decode(text, validate=True))

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from prune_opd.config import Config
 from prune_opd.core.overlap import shared_candidates
-from prune_opd.reporting.drift_log import drift_record
+from prune_opd.distributed.merging import Share
+from prune_opd.reporting.drift_log import drift_record, drift_share
 from prune_opd.reporting.rollout_log import rollout_record
 from prune_opd.reporting.run_logs import read_lines, trained
 from prune_opd.reporting.trackers import Log, start_trackers
@@ -42,13 +43,24 @@ class RunLog:
         for log in self.trackers:
             log(numbers, record["step"])
 
-    def rollouts(self, step: int, prompts: Sequence[Prompt], result: StepResult) -> None:
-        """Log what drift did at each position of a step, and the first `tracking.rollouts_per_step` rollouts of it."""
+    def share(self, prompts: Sequence[Prompt], result: StepResult) -> Share:
+        """What `rollouts` writes of this rank's rollouts. prompts: of each of the step's rollouts."""
         rollouts, tracking = result.rollouts, self.config.tracking
         assert rollouts.student is not None
+        share = drift_share(result)
         shared = shared_candidates(rollouts.student.ids, result.scores.topk.ids).sum(-1)
-        drift = drift_record(step, rollouts, result.scores, result.drift, result.weight)
-        append_json(self.run_dir / "drift.jsonl", drift)
-        for i in range(min(tracking.rollouts_per_step, len(rollouts.lengths))):
-            record = rollout_record(result, i, prompts[i], shared, self.tokenizer, tracking)
-            append_json(self.run_dir / "rollouts.jsonl", {"step": step, **record})
+        share.rows["logged"] = [
+            rollout_record(result, row, prompts[number], shared, self.tokenizer, tracking)
+            if number < tracking.rollouts_per_step
+            else None
+            for row, number in enumerate(result.numbers)
+        ]
+        return share
+
+    def rollouts(self, step: int, share: Share) -> None:
+        """Log what drift did at each position of a step, and the first `tracking.rollouts_per_step` rollouts of it."""
+        logged = share.rows.pop("logged")
+        append_json(self.run_dir / "drift.jsonl", drift_record(step, share))
+        for record in logged:
+            if record is not None:
+                append_json(self.run_dir / "rollouts.jsonl", {"step": step, **record})

@@ -19,7 +19,7 @@ from prune_opd.distributed.merging import merged
 from prune_opd.distributed.world import ALONE, World
 from prune_opd.errors import NonFiniteError, RunInterrupted, ServerError
 from prune_opd.reporting.console import step_view
-from prune_opd.reporting.metrics import metrics_of
+from prune_opd.reporting.metrics import metrics_of, step_share
 from prune_opd.step import prune_opd_step
 from prune_opd.training.build import build_parts, prompts_of
 from prune_opd.training.calibration import with_known_threshold
@@ -149,16 +149,17 @@ class Trainer:
         except NonFiniteError as error:
             return self._skip(step, prompts, error, began)
         self.parts.schedule.step()
-        of_all_ranks = merged(result, self.world, same=("window", "loss", "grad_norm", "seconds"))
-        if of_all_ranks is None:  # rank 0 writes for all
+        share = merged(step_share(result, self.config), self.world)
+        logged = merged(self.log.share(prompts, result), self.world)
+        if share is None or logged is None:  # rank 0 writes for all
             return {"step": step + 1}
+        self.log.rollouts(step + 1, logged)
         seconds = time.perf_counter() - began
-        record = metrics_of(of_all_ranks, self.config)
+        record = metrics_of(result, self.config, share)
         totals.train_seconds += seconds
         totals.student_tokens += record["tokens/generated"]
         totals.teacher_tokens += record["tokens/scored"]
         totals.saved_tokens += record["tokens/saved"]
-        self.log.rollouts(step + 1, prompts, of_all_ranks)
         steps = self.config.training.steps
         return {
             "step": step + 1,
@@ -166,7 +167,7 @@ class Trainer:
             "eta_seconds": totals.train_seconds / (step + 1) * (steps - step - 1),
             "learning_rate": self.parts.schedule.get_last_lr()[0],
             **record,
-            "grad_norm_usual": self.faults.watch_norm(step + 1, of_all_ranks.grad_norm),
+            "grad_norm_usual": self.faults.watch_norm(step + 1, result.grad_norm),
             "time/total": seconds,
             "time/cpu": time.process_time() - processor_began,
             "time/train_so_far": totals.train_seconds,
