@@ -6,6 +6,7 @@ import re
 import sys
 import time
 import warnings
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -77,9 +78,11 @@ def train(
     with launched() as world:
         run_dir = world.gather(output_dir or default_output_dir(recipe.stem))[0]  # clocks may differ
         trainer = Trainer(config, run_dir, resume=resume, console=console, world=world)
-        if push_to_hub and world.rank == 0:
-            check_repo(push_to_hub)
-        totals = trainer.train()
+        with closing(trainer):
+            if push_to_hub and world.rank == 0:
+                check_repo(push_to_hub)
+            totals = trainer.train()
+            world.gather(None)  # the ranks are done with one another
     if world.rank > 0:
         return
     _say(

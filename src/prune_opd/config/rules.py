@@ -48,12 +48,14 @@ def _unread(config: Config) -> Iterator[tuple[str, str]]:
 
     if not rollout.use_vllm:
         yield "rollout.vllm_gpu_memory_utilization", "rollout.use_vllm is false"
+        yield "rollout.vllm_enable_sleep_mode", "rollout.use_vllm is false"
         yield "rollout.vllm_server_url", "rollout.use_vllm is false"
         if not config.samples_from_copy:
             reason = "without rollout.use_vllm, ahead or another dtype the policy that is trained samples"
             yield "rollout.importance_sampling_cap", reason
     elif rollout.vllm_server_url is not None:
         yield "rollout.vllm_gpu_memory_utilization", "rollout.vllm_server_url is set, so the servers chose it"
+        yield "rollout.vllm_enable_sleep_mode", "rollout.vllm_server_url is set, so the servers chose it"
     if rollout.vllm_server_url is None:
         yield "rollout.vllm_server.*", "rollout.vllm_server_url is not set"
     if rollout.dtype == model.dtype:

@@ -118,6 +118,9 @@ class RolloutSection(Section):
     )
     vllm_server: VLLMServerSection = Field(default_factory=VLLMServerSection, description="Requests to it.")
     vllm_gpu_memory_utilization: float = Field(0.3, gt=0, le=1, description="Share of the GPU that vLLM may take.")
+    vllm_enable_sleep_mode: bool = Field(
+        True, description="vLLM gives its memory back while the student is updated. On a CPU it cannot."
+    )
     importance_sampling_cap: float | None = Field(
         None,
         gt=0,

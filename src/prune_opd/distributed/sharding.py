@@ -38,9 +38,11 @@ def launched() -> Iterator[World]:
         dist.init_process_group("gloo")
     try:
         yield World(dist.get_rank(), dist.get_world_size())
-        dist.barrier()  # a rank that leaves early closes connections that others still use
+        if dist.is_initialized():
+            dist.barrier()  # a rank that leaves early closes connections that others still use
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # vLLM, when it is shut down, ends it too
+            dist.destroy_process_group()
 
 
 # ---- sharded weights ----

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """rank in 0..size-1; more than one process needs torch.distributed to be up (training/distributed.py)."""
+    """rank in 0..size-1; more than one process needs torch.distributed to be up (`sharding.launched`)."""
 
     rank: int = 0
     size: int = 1
@@ -36,6 +36,10 @@ class World:
     def sum(self, value: float) -> float:
         """Over the ranks, in their order."""
         return sum(self.gather(value))
+
+    def first(self, value: T | None) -> T | None:
+        """The first value that is not None, by rank; so that what one rank met, all of them raise."""
+        return next((found for found in self.gather(value) if found is not None), None)
 
     def gather_rollouts(self, numbers: Sequence[int], values: Tensor) -> Tensor:
         """What the ranks have of a step's rollouts (B, ...), on the CPU, as one process would: in ascending order."""

@@ -18,6 +18,8 @@ cache. So a request that failed is repeated at the cost of one chunk, and a stop
 of a request comes from the random number of its first token, so a rollout depends on the length of the chunks, unlike
 the local sampler's.
 
+**Ranks.** Under torchrun all ranks share the replicas; each asks for its share of the rollouts.
+
 An incomplete answer is refused as a whole: see `parse_tokens`.
 """
 
@@ -37,7 +39,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prune_opd.errors import EngineError, ServerError
+from prune_opd.distributed.world import ALONE, World, full_tensor
+from prune_opd.errors import EngineError, PruneOPDError, ServerError
 from prune_opd.rollout.base import SamplingParams, Watcher
 from prune_opd.rollout.transcript import Tokens, Transcript
 from prune_opd.rollout.weights import EngineSampler, probe_logprobs, served_weights
@@ -66,13 +69,14 @@ class ServedSampler(EngineSampler):
         eos_ids: Sequence[int],
         slots: int,
         weights_dir: Path | None = None,
+        world: World = ALONE,
     ) -> None:
-        super().__init__(student, dtype=dtype, pad_id=pad_id, eos_ids=eos_ids, slots=slots)
+        super().__init__(student, dtype=dtype, pad_id=pad_id, eos_ids=eos_ids, slots=slots, world=world)
         self.servers, self.model = servers, model
-        if weights_dir is None:
+        if weights_dir is None and world.rank == 0:
             self._temporary = tempfile.TemporaryDirectory(prefix="prune-opd-weights-")  # goes with this object
             weights_dir = Path(self._temporary.name)
-        self.folder = weights_dir
+        self.folder: Path = world.gather(weights_dir)[0]  # type: ignore[assignment]  # rank 0 has one
         self.version = ""  # name of the weights in the folder
         servers.probe = self._hand_over
 
@@ -140,18 +144,40 @@ class ServedSampler(EngineSampler):
     # ---- weights ----
 
     def sync(self) -> None:
-        """Put the student's weights where the servers find them; each takes them before its next request."""
-        tensors = {name: weight.contiguous() for name, weight in served_weights(self.student)}
-        head = self.student.get_output_embeddings().weight
-        if head is self.student.get_input_embeddings().weight:
-            tensors["lm_head.weight"] = head.detach().clone()  # has no name of its own, being tied
-        self.folder.mkdir(parents=True, exist_ok=True)
-        aside = self.folder / "model.safetensors.partial"
-        save_file(tensors, aside)
-        os.replace(aside, self.folder / "model.safetensors")
-        self.version = uuid.uuid4().hex
+        """Put the student's weights where the servers find them; each takes them before its next request.
+
+        Rank 0 writes for all ranks. Where there are several, each replica is handed the weights by one of them, now.
+        """
+        writes, tensors = self.world.rank == 0, dict[str, Tensor]()
+        for name, weight in served_weights(self.student):
+            if writes:
+                tensors[name] = weight.contiguous()
+        head = full_tensor(self.student.get_output_embeddings().weight.detach())
+        if writes and "lm_head.weight" not in tensors:  # tied to the embeddings, so without a name of its own
+            tensors["lm_head.weight"] = head.clone()
         self.probed = probe_logprobs(self.student, probe_ids(self.vocab_size))
+        self.world.gather(None)  # no rank samples with the weights before these any more
+        if writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            aside = self.folder / "model.safetensors.partial"
+            save_file(tensors, aside)
+            os.replace(aside, self.folder / "model.safetensors")
+        self.version = self.world.gather(uuid.uuid4().hex)[0]
         self.servers.doubt()
+        if self.world.size > 1:
+            self._hand_over_my_share()
+
+    def _hand_over_my_share(self) -> None:
+        """Every replica is handed the weights by one rank; the others find their name there, when all are done."""
+        failed: PruneOPDError | None = None
+        in_order = sorted(self.servers.replicas, key=lambda replica: replica.url)
+        try:
+            for replica in in_order[self.world.rank :: self.world.size]:
+                self.servers.patiently(replica, self._hand_over)
+        except (EngineError, ServerError) as error:
+            failed = error
+        if failed := self.world.first(failed):
+            raise failed
 
     def _hand_over(self, replica: Replica) -> bool:
         """Have a replica read the weights and check its answers; returns True where it already had these weights."""

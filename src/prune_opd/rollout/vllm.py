@@ -8,6 +8,11 @@ of the mass that is left, an upper bound.
 
 **Weights.** They are handed over as tensors and checked before every call: rollout/weights.py.
 
+**Memory.** With `rollout.vllm_enable_sleep_mode` the engine gives its memory back after each call (vLLM's sleep level
+2) and takes it again at the next. On a CPU vLLM has no sleep mode.
+
+**Ranks.** Under torchrun each rank has an engine for its share of the rollouts.
+
 **Stops.** A rollout that the watcher ends is aborted in the engine and its place taken at once.
 """
 
@@ -23,6 +28,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prune_opd.distributed.world import ALONE, World
 from prune_opd.errors import EngineError
 from prune_opd.rollout.base import SamplingParams, Watcher
 from prune_opd.rollout.transcript import Transcript
@@ -58,9 +64,11 @@ class VLLMSampler(EngineSampler):
         max_model_len: int,
         seed: int = 0,
         gpu_memory_utilization: float = 0.3,
+        enable_sleep_mode: bool = True,
         trust_remote_code: bool = False,
+        world: World = ALONE,
     ) -> None:
-        super().__init__(student, dtype=dtype, pad_id=pad_id, eos_ids=eos_ids, slots=slots)
+        super().__init__(student, dtype=dtype, pad_id=pad_id, eos_ids=eos_ids, slots=slots, world=world)
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         try:
@@ -71,6 +79,7 @@ class VLLMSampler(EngineSampler):
                 f"rollout.use_vllm needs vLLM, which cannot be imported ({error}); install it (on a GPU: pip install "
                 "prune-opd[vllm]; on a CPU: make setup-vllm), or set rollout.use_vllm = false"
             ) from error
+        self.sleeps = enable_sleep_mode and current_platform.is_sleep_mode_available()  # not on a CPU
         try:
             self.engine = LLMEngine.from_engine_args(
                 EngineArgs(
@@ -82,6 +91,9 @@ class VLLMSampler(EngineSampler):
                     max_logprobs=max(1, top_k),
                     gpu_memory_utilization=gpu_memory_utilization,
                     trust_remote_code=trust_remote_code,
+                    enable_sleep_mode=self.sleeps,
+                    # Takes the device of LOCAL_RANK; vLLM's default would put the engines of all ranks on the first.
+                    distributed_executor_backend="external_launcher" if world.size > 1 else None,
                     generation_config="vllm",  # no sampling settings but ours
                     skip_tokenizer_init=True,
                     # On the CPU, a prompt that is read in two parts breaks requests with a seed ("CPU Generator does
@@ -102,9 +114,13 @@ class VLLMSampler(EngineSampler):
 
     def sync(self) -> None:
         """Hand the student's weights over, and check that the engine answers with them; EngineError if it does not."""
+        if self.sleeps:
+            self.engine.wake_up(tags=["weights"])  # the cache's memory comes after them, when no whole weight is about
         # A generator cannot be copied, and the engine's side is this process: nothing is written or sent.
         self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": served_weights(self.student)})
         self.engine.collective_rpc(repack_cpu_weights)
+        if self.sleeps:
+            self.engine.wake_up(tags=["kv_cache"])
         if not self.engine.reset_prefix_cache():
             raise EngineError("vLLM kept its prefix cache, which holds states of the old weights; it has requests left")
         apart = self.parity()
@@ -121,6 +137,10 @@ class VLLMSampler(EngineSampler):
         starts = [a for a, b in zip(answer.start_indices, answer.end_indices, strict=True) if b > a]
         theirs = torch.tensor([answer.logprobs[a] for a in starts], dtype=torch.float64)
         return (theirs - probe_logprobs(self.student, ids)).abs().mean().item()
+
+    def close(self) -> None:
+        """Shut the engine down. vLLM then ends torch.distributed in this process too: nothing can be gathered after."""
+        self.engine.engine_core.shutdown()
 
     # ---- requests ----
 
@@ -178,6 +198,8 @@ class VLLMSampler(EngineSampler):
                 engine.abort_request([str(b) for b in stops if b in running])
                 running -= stops.keys()
                 ended, steps_since_look = [], 0
+        if self.sleeps:
+            engine.sleep(level=2)  # weights are handed over before each call, so neither they nor the cache are kept
         return slot_steps
 
 

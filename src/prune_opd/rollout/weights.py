@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prune_opd.distributed.world import ALONE, World, full_tensor
 from prune_opd.errors import EngineError
+from prune_opd.models.causal_lm import hidden_states, output_head
 from prune_opd.rollout.base import Sampler, SamplingParams, Watcher
 from prune_opd.rollout.transcript import Transcript
 from prune_opd.types import Rollouts
@@ -26,7 +28,11 @@ PARITY = {"float32": 1e-3, "bfloat16": 0.1}
 
 
 def served_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every weight under its checkpoint's name, LoRA adapters merged in."""
+    """Every weight under its checkpoint's name, LoRA adapters merged in.
+
+    A sharded weight is put together when its turn comes, by all ranks, which must go through this in step; so there is
+    never more than one whole weight beside the shards.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     for name, weight in base.named_parameters():
         if ".lora_" in name:
@@ -35,16 +41,20 @@ def served_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
         if is_adapted and kind == "weight":
             layer = base.get_submodule(owner)
             weight = weight + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
-        yield name.replace(".base_layer.", "."), weight.detach()
+        yield name.replace(".base_layer.", "."), full_tensor(weight.detach())
 
 
 @torch.no_grad()
 def probe_logprobs(student: Any, ids: list[int]) -> Tensor:
-    """(n - 1,) float64 on the CPU: log p of every token of the probe but the first, by the student as it is."""
+    """(n - 1,) float64 on the CPU: log p of every token of the probe but the first, by the student as it is.
+
+    With a sharded student, all ranks must call it.
+    """
     was_training = student.training
     student.eval()
     try:
-        logits = student(torch.tensor([ids], device=student.device)).logits[0, :-1].double()
+        hidden = hidden_states(student, {"input_ids": torch.tensor([ids], device=student.device)})
+        logits = output_head(student).logits(hidden[0, :-1]).double()
     finally:
         student.train(was_training)
     return logits.log_softmax(-1).cpu().gather(-1, torch.tensor(ids[1:])[:, None]).squeeze(-1)
@@ -53,12 +63,21 @@ def probe_logprobs(student: Any, ids: list[int]) -> Tensor:
 class EngineSampler(Sampler):
     """Hands the student's weights to the engine, then collects its answers in a `Transcript`.
 
-    dtype: the engine's type of the weights · `eos_ids` end a rollout · `slots`: rollouts that run at a time.
+    dtype: the engine's type of the weights · `eos_ids` end a rollout · `slots`: rollouts that run at a time. Each rank
+    of `world` has a sampler of its own, and all ranks call `sample` equally often, with prompts or without.
     """
 
     def __init__(
-        self, student: PreTrainedModel, *, dtype: str, pad_id: int, eos_ids: Sequence[int], slots: int
+        self,
+        student: PreTrainedModel,
+        *,
+        dtype: str,
+        pad_id: int,
+        eos_ids: Sequence[int],
+        slots: int,
+        world: World = ALONE,
     ) -> None:
+        self.world = world
         self.student, self.pad_id, self.eos_ids, self.slots = student, pad_id, list(eos_ids), slots
         self.tolerance = PARITY[dtype]
         self.vocab_size = student.get_output_embeddings().weight.shape[0]

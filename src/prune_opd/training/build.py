@@ -106,9 +106,7 @@ def build_parts(
     max_model_len = config.data.max_prompt_length + longest
     models.check_context(student.config, config.model.model_name_or_path, max_model_len)
     teacher, vocab_size = build_teacher(config, student, tokenizer, run_dir, device=device)
-    sampler = build_sampler(
-        config, student, tokenizer, vocab_size=vocab_size, max_model_len=max_model_len, processes=world.size
-    )
+    sampler = build_sampler(config, student, tokenizer, vocab_size=vocab_size, max_model_len=max_model_len, world=world)
     if config.calibrates:  # before the student is sharded; every rank measures the same
         first = [prompt.token_ids for prompt in prompts.batch(0, config.rollout.prompts_per_step)]
         assert isinstance(teacher, LocalTeacher)  # config/rules.py lets no other
@@ -118,8 +116,8 @@ def build_parts(
         config = config.with_threshold(calibration["threshold"])
         console.print(calibration_text(calibration), highlight=False)
     if config.training.parallel == "fsdp2" and world.size > 1:
-        assert isinstance(sampler, LocalSampler)  # vLLM is for one process
-        sampler = WholeWeightsSampler(sampler, student)
+        if isinstance(sampler, LocalSampler):  # vLLM has weights of its own, which it is handed shard by shard
+            sampler = WholeWeightsSampler(sampler, student)
         output_head(student)  # compared with the model's own logits while it can still run by itself
         distributed.shard(student)
     optimizer, schedule = build_optimizer(student, config)
@@ -185,7 +183,7 @@ def build_sampler(
     *,
     vocab_size: int,
     max_model_len: int,
-    processes: int = 1,
+    world: World = ALONE,
 ) -> Sampler:
     """The sampler of a recipe. Raises EngineError, ModelError or ServerError when vLLM or its server cannot be used."""
     rollout, pad_id, eos_ids = (
@@ -201,11 +199,6 @@ def build_sampler(
             vocab_size=vocab_size,
             slots=rollout.slots,
             compile=config.model.compile,
-        )
-    if processes > 1:
-        raise EngineError(
-            f"rollout.use_vllm is for one process, and this run has {processes}; set it to false, or train under verl "
-            "(docs/scaling.md)"
         )
     rows = student.get_output_embeddings().weight.shape[0]
     if vocab_size < rows:
@@ -225,6 +218,7 @@ def build_sampler(
             eos_ids=eos_ids,
             slots=rollout.slots,
             weights_dir=Path(asked.weights_dir).absolute() if asked.weights_dir else None,
+            world=world,
         )
         sampler.check(max_model_len)
         return sampler
@@ -239,7 +233,9 @@ def build_sampler(
         max_model_len=max_model_len,
         seed=config.training.seed,
         gpu_memory_utilization=rollout.vllm_gpu_memory_utilization,
+        enable_sleep_mode=rollout.vllm_enable_sleep_mode,
         trust_remote_code=config.model.trust_remote_code,
+        world=world,
     )
 
 

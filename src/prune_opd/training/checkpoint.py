@@ -184,7 +184,7 @@ def save_checkpoint(
 def _check_weights(step: int, model: torch.nn.Module, world: World) -> None:
     held = ((name, getattr(p, "to_local", lambda p=p: p)()) for name, p in model.named_parameters() if p.requires_grad)
     mine = next((name for name, values in held if not values.isfinite().all()), None)
-    broken = next(filter(None, world.gather(mine)), None)
+    broken = world.first(mine)
     if broken:
         raise NonFiniteError(f"step {step}: the weight {broken} is not finite, so no checkpoint of it was written")
 
@@ -196,7 +196,7 @@ def _save_shares(final: Path, aside: Path, model: torch.nn.Module, optimizer: Op
         failed = None
     except (OSError, SafetensorError) as error:
         failed = f"rank {world.rank}: {error}"
-    if failed := next(filter(None, world.gather(failed)), None):
+    if failed := world.first(failed):
         raise StorageError(
             f"{final} could not be written ({failed}); free some space or repair the disk, then continue with "
             "--resume auto"

@@ -20,6 +20,7 @@ from prune_opd.distributed.world import ALONE, World
 from prune_opd.errors import NonFiniteError, RunInterrupted, ServerError
 from prune_opd.reporting.console import step_view
 from prune_opd.reporting.metrics import metrics_of, step_share
+from prune_opd.rollout.vllm import VLLMSampler
 from prune_opd.step import prune_opd_step
 from prune_opd.training.build import build_parts, prompts_of
 from prune_opd.training.calibration import with_known_threshold
@@ -115,6 +116,11 @@ class Trainer:
             finally:
                 gc.unfreeze()
         return self.totals
+
+    def close(self) -> None:
+        """Shut down an engine in this process, which ends torch.distributed too: after the last use of either."""
+        if isinstance(self.parts.sampler, VLLMSampler):
+            self.parts.sampler.close()
 
     def _steps(self, signals: StopSignals) -> None:
         """The loop: a step, its log or evaluation, a checkpoint where one is due."""
