@@ -26,11 +26,6 @@ def quickstart(pytestconfig):
     return pytestconfig.rootpath / "recipes" / "quickstart.toml"
 
 
-def test_under_several_processes(quickstart):
-    with pytest.raises(EngineError, match="this run has 2"):
-        built(quickstart, vocab_size=149, processes=2)
-
-
 def test_with_a_student_that_has_more_ids_than_the_teacher(quickstart):
     with pytest.raises(EngineError, match="the student has 149 ids and the teacher 140"):
         built(quickstart, vocab_size=140)
