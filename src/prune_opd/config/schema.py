@@ -58,8 +58,12 @@ class TeacherServerSection(Section):
 class ModelSection(Section):
     """Student and teacher. `embedded:NAME` is a model that ships with the package."""
 
-    model_name_or_path: str = Field(description="Student: a folder, a Hub id, or embedded:low-student | high-student.")
-    teacher_model_name_or_path: str = Field(description="Teacher: a folder, a Hub id, or embedded:teacher.")
+    model_name_or_path: str = Field(
+        description="Student: a folder or Hub id, also of a peft adapter, or embedded:NAME."
+    )
+    teacher_model_name_or_path: str = Field(
+        description="Teacher: a folder or Hub id, also of a peft adapter, or embedded:NAME."
+    )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the student's weights.")
     teacher_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the teacher's weights.")
     attn_implementation: str = Field("sdpa", description="Attention of both models, as transformers names it.")
@@ -80,7 +84,9 @@ class ModelSection(Section):
 class DataSection(Section):
     """Where prompts come from."""
 
-    train: str = Field(description="JSONL, parquet, local folder, Hub id, or task:chain_sum for the embedded task.")
+    train: str = Field(
+        description="JSONL, parquet, local folder, Hub id, or task:chain_sum | running_sum | count_animals."
+    )
     split: str = Field("train", description="Split of a data set that has several.")
     prompt_column: str | None = Field(None, description="Column with the prompt; found by itself when unset.")
     answer_column: str | None = Field(None, description="Column with the gold answer; found by itself when unset.")
@@ -268,7 +274,7 @@ class TrainingSection(Section):
 class EvaluationSection(Section):
     """Validation during training, on held-out problems; its time is reported apart."""
 
-    data: str | None = Field(None, description="Like data.train; task:chain_sum draws from its held-out problems.")
+    data: str | None = Field(None, description="Like data.train; a task: draws from its held-out problems.")
     split: str | None = Field(None, description="Split of evaluation.data; unset, that of data.split.")
     every: PositiveInt = Field(20, description="Steps between evaluations; the last step is always evaluated.")
     num_problems: PositiveInt = Field(100, description="Problems used, the first ones of the data.")
@@ -476,8 +482,9 @@ def settings_without_effect(config: Config) -> Iterator[tuple[str, str]]:
             if name != "evaluation.data":
                 yield name, "evaluation.data is not set, so nothing is evaluated"
     if config.data.train.startswith("task:"):
+        worded = ("data.prompt_suffix", "data.chat_template_kwargs") if config.data.train != "task:chain_sum" else ()
         for name in written(config.data, "data"):
-            if name not in ("data.train", "data.max_prompt_length"):
+            if name not in ("data.train", "data.max_prompt_length", *worded):
                 yield name, "the embedded task makes its own prompts"
 
 

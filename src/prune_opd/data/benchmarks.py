@@ -61,7 +61,7 @@ def load_benchmark(
 ) -> Sequence[Prompt]:
     """The problems of a benchmark as prompts, the first `num_problems` or all.
 
-    name_or_path: a name of `BENCHMARKS`, in any spelling (AIME24, aime_24); else task:chain_sum or
+    name_or_path: a name of `BENCHMARKS`, in any spelling (AIME24, aime_24); else task:NAME or
     reasoning_gym:NAME, whose held-out problems have no end, so that 100 are taken when num_problems is unset; else a
     file, a folder or a Hub id, read as it is (`split` matters for these alone).
 
@@ -97,7 +97,7 @@ def load_benchmark(
         if not Path(name_or_path).exists() and not re.search(r"[/.]", name_or_path):
             raise DataError(
                 f"{name_or_path!r} is no benchmark, file or folder; there are {', '.join(BENCHMARKS)}, "
-                f"{TASK_PREFIX}chain_sum, {GYM_PREFIX}NAME, a path, and Hub ids (owner/name)"
+                f"{TASK_PREFIX}chain_sum, {TASK_PREFIX}running_sum, {GYM_PREFIX}NAME, a path, and Hub ids (owner/name)"
             )
         return load(name_or_path)[:num_problems]
     benchmark = BENCHMARKS[name]
