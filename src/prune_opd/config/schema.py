@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
 from prune_opd.core.choices import (
     AfterDrift,
@@ -74,11 +74,18 @@ class ModelSection(Section):
         False, description="The update's log-probs by Liger's fused kernel: a CUDA GPU and prune-opd[liger]."
     )
     trust_remote_code: bool = Field(False, description="Run model code that ships with a checkpoint.")
-    lora: LoraSection | None = Field(None, description="Train adapters instead of all weights.")
+    lora: LoraSection | None = Field(
+        None, description="Train adapters instead of all weights; `false` where an extended recipe has some."
+    )
     teacher_model_server_url: str | list[str] | None = Field(
         None, description="Address of a vLLM server that scores in the teacher's place, or a list of replicas."
     )
     teacher_server: TeacherServerSection = Field(default_factory=TeacherServerSection, description="How it is asked.")
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _false_is_none(cls, value: Any) -> Any:
+        return None if value is False else value  # TOML has no null
 
 
 class DataSection(Section):
