@@ -18,7 +18,7 @@ NOW = $(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-locked setup-trl setup-liger setup-smollm setup-trackers setup-vllm setup-verl test test-engines check lint format demo demo-smollm assets docs bench soak kill licences lock audit clean
+.PHONY: help setup setup-locked setup-trl setup-liger setup-smollm setup-trackers setup-vllm setup-verl test test-engines check lint format demo demo-smollm assets smollm-pair docs bench soak kill licences lock audit clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,7 +31,7 @@ setup-locked:  ## create .venv from the lock files, every file checked by its SH
 	@touch .venv/.installed .venv/.installed-trl .venv/.installed-smollm .venv/.installed-trackers
 setup-trl: .venv/.installed-trl  ## add TRL, the peer of the step-time benchmark
 setup-liger: .venv/.installed-liger  ## add Liger's kernels, and Triton to interpret them without a GPU (800 MB)
-setup-smollm: .venv/.installed-smollm  ## add SmolLM2-135M and its prompts (93 MB)
+setup-smollm: build/smollm/base/tokenizer_config.json  ## add SmolLM2-135M (93 MB) and write it out for its pair (540 MB)
 setup-trackers: .venv/.installed-trackers  ## add TensorBoard, wandb and trackio
 setup-vllm: .venv-vllm/.installed  ## create .venv-vllm with vLLM for the CPU (1.5 GB)
 setup-verl: .venv-verl/.installed  ## create .venv-verl with verl (1 GB)
@@ -61,11 +61,16 @@ format: setup  ## format and fix what ruff can fix
 demo: setup  ## OPD against Prune-OPD on the embedded pair (about 4 minutes on one core)
 	$(BIN)/prune-opd compare recipes/quickstart.toml --arms opd,prune --seeds 1 --output-dir runs/demo-$(NOW)
 
-demo-smollm: build/smollm/train.jsonl  ## three steps of Prune-OPD on SmolLM2-135M (about 2 minutes)
-	$(BIN)/prune-opd train recipes/smollm.toml
+demo-smollm: setup-smollm  ## three steps of Prune-OPD on SmolLM2-135M
+	$(BIN)/prune-opd train recipes/smollm.toml --set training.steps=3 --set evaluation.num_problems=10
 
-build/smollm/train.jsonl: scripts/make_smollm_pair.py .venv/.installed-smollm
-	$(BIN)/python scripts/make_smollm_pair.py --output-dir build/smollm
+# The adapters in src/prune_opd/assets/smollm name this folder.
+build/smollm/base/tokenizer_config.json: .venv/.installed-smollm
+	$(BIN)/python scripts/make_smollm_pair.py
+	@touch $@
+
+smollm-pair: setup-smollm  ## train and measure the adapters of the SmolLM2 pair again
+	$(BIN)/python scripts/make_smollm_pair.py --train --measure 272
 
 assets: setup  ## train the embedded pairs again (up to 45 minutes)
 	$(BIN)/python scripts/make_assets.py

@@ -210,6 +210,15 @@ def test_extends_takes_the_other_recipe_first(write):
     assert found.model.model_name_or_path == "a"
 
 
+def test_adapters_of_the_extended_recipe_can_be_taken_out_again(write):
+    write("[model.lora]\nr = 4\n", name="base.toml")
+    path = write(head='extends = "base.toml"\n', required="", name="child.toml")
+    assert without_warnings(path).model.lora.r == 4
+    assert load_config(path, ["model.lora=false"]).model.lora is None
+    with pytest.raises(ConfigError, match="lora"):
+        load_config(path, ["model.lora=true"])
+
+
 def test_extends_is_relative_to_the_recipe_that_says_it(tmp_path, write, monkeypatch):
     write("[training]\nsteps = 7\n", name="base.toml")
     (tmp_path / "more").mkdir()

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from typer.testing import CliRunner
 
 from prune_opd.cli import app
-from prune_opd.config import EvaluationSection
+from prune_opd.config import DataSection, EvaluationSection
 from prune_opd.data.source import task_prompts
 from prune_opd.data.tasks import VOCABULARY
 from prune_opd.errors import DataError, RunDirectoryError
@@ -262,7 +262,9 @@ def test_a_real_model_is_repeatable_and_its_graded_texts_are_those_saved(
     """An untrained model: 10 digits and a box are rare, so a grader that likes every second token stands in."""
     prompts = [
         Prompt(p.text, p.token_ids, p.answer, p.source, grader=lambda response: len(response.split()) % 2 == 0)
-        for p in task_prompts("held_out", TOKENIZER, seed=0, count=3)
+        for p in task_prompts(
+            "task:chain_sum", "held_out", DataSection(train="task:chain_sum"), TOKENIZER, seed=0, count=3
+        )
     ]
     sampler = LocalSampler(model, pad_id=TOKENIZER.pad_token_id, eos_ids=[EOS])
     path = tmp_path / "responses.jsonl"
@@ -302,6 +304,11 @@ def test_answers_are_fitted_to_the_positions_of_the_model(model_dir: Path, tmp_p
     evaluate_model(
         str(model_dir), "task:chain_sum", settings(k=1, max_tokens=31744), tmp_path, console=console, num_problems=2
     )
-    longest = max(len(p.token_ids) for p in task_prompts("held_out", TOKENIZER, seed=0, count=2))
+    longest = max(
+        len(p.token_ids)
+        for p in task_prompts(
+            "task:chain_sum", "held_out", DataSection(train="task:chain_sum"), TOKENIZER, seed=0, count=2
+        )
+    )
     assert f"answers may have {POSITIONS - longest} tokens instead of 31744" in console.export_text()
     assert json.loads((tmp_path / "eval.json").read_text())["max_tokens"] == POSITIONS - longest

@@ -89,7 +89,9 @@ def _unread(config: Config) -> Iterator[tuple[str, str]]:
     elif config.evaluation.data.startswith(("task:", "reasoning_gym:")):
         yield "evaluation.split", "the task of evaluation.data has held-out problems of its own"
     if config.data.train.startswith("task:"):
-        yield "data.*", "the embedded task makes its own prompts"
+        worded = config.data.train != "task:chain_sum"  # its prompts are user turns, rendered as a row's would be
+        for name in ("split", "prompt_column", "answer_column") if worded else ("*",):
+            yield f"data.{name}", "the embedded task makes its own prompts"
 
 
 def conflicts(config: Config) -> Iterator[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
 from prune_opd.core.choices import (
     AfterDrift,
@@ -51,8 +51,12 @@ class TeacherServerSection(Section):
 class ModelSection(Section):
     """Student and teacher. `embedded:NAME` is a model that ships with the package."""
 
-    model_name_or_path: str = Field(description="Student: a folder, a Hub id, or embedded:low-student | high-student.")
-    teacher_model_name_or_path: str = Field(description="Teacher: a folder, a Hub id, or embedded:teacher.")
+    model_name_or_path: str = Field(
+        description="Student: a folder or Hub id, also of a peft adapter, or embedded:NAME."
+    )
+    teacher_model_name_or_path: str = Field(
+        description="Teacher: a folder or Hub id, also of a peft adapter, or embedded:NAME."
+    )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the student's weights.")
     teacher_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the teacher's weights.")
     attn_implementation: str = Field("sdpa", description="Attention of both models, as transformers names it.")
@@ -63,17 +67,26 @@ class ModelSection(Section):
         False, description="Log-probs of the update from Liger's fused kernel; needs a CUDA GPU and prune-opd[liger]."
     )
     trust_remote_code: bool = Field(False, description="Run model code that ships with a checkpoint.")
-    lora: LoraSection | None = Field(None, description="Train adapters instead of all weights.")
+    lora: LoraSection | None = Field(
+        None, description="Train adapters instead of all weights; `false` where an extended recipe has some."
+    )
     teacher_model_server_url: str | list[str] | None = Field(
         None, description="Address of a vLLM server that scores in the teacher's place, or a list of replicas."
     )
     teacher_server: TeacherServerSection = Field(default_factory=TeacherServerSection, description="Requests to it.")
 
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _false_is_none(cls, value: Any) -> Any:
+        return None if value is False else value  # TOML has no null
+
 
 class DataSection(Section):
     """Where prompts come from."""
 
-    train: str = Field(description="JSONL, parquet, local folder, Hub id, or task:chain_sum for the embedded task.")
+    train: str = Field(
+        description="JSONL, parquet, local folder, Hub id, or task:chain_sum | running_sum | count_animals."
+    )
     split: str = Field("train", description="Split of a data set that has several.")
     prompt_column: str | None = Field(None, description="Column with the prompt; found by itself when unset.")
     answer_column: str | None = Field(None, description="Column with the gold answer; found by itself when unset.")
@@ -266,7 +279,7 @@ class TrainingSection(Section):
 class EvaluationSection(Section):
     """Validation during training, on held-out problems; its time is reported apart."""
 
-    data: str | None = Field(None, description="Like data.train; task:chain_sum draws from its held-out problems.")
+    data: str | None = Field(None, description="Like data.train; a task: draws from its held-out problems.")
     split: str | None = Field(None, description="Split of evaluation.data; unset, that of data.split.")
     every: PositiveInt = Field(20, description="Steps between evaluations; the last step is always evaluated.")
     num_problems: PositiveInt = Field(100, description="Problems used, the first ones of the data.")

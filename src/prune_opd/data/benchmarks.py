@@ -59,9 +59,9 @@ def load_benchmark(
 ) -> Sequence[Prompt]:
     """The problems of a benchmark as prompts, the first `num_problems` or all.
 
-    name_or_path: a name of `BENCHMARKS`, in any spelling (AIME24, aime_24); or task:chain_sum or reasoning_gym:NAME,
-    whose held-out problems have no end (100 when num_problems is unset); or a file, a folder or a Hub id, read as it
-    is. `split` matters only for the last three.
+    name_or_path: a name of `BENCHMARKS`, in any spelling (AIME24, aime_24); or task:NAME or reasoning_gym:NAME, whose
+    held-out problems have no end (100 when num_problems is unset); or a file, a folder or a Hub id, read as it is.
+    `split` matters only for the last three.
 
     prompt_suffix: unset, benchmarks by name get `BOXED_SUFFIX`, since only a stated answer is graded, and others none.
 
@@ -78,7 +78,7 @@ def load_benchmark(
         if not as_it_is and not re.search(r"[/.]", name_or_path):
             raise DataError(
                 f"{name_or_path!r} is no benchmark, file or folder; there are {', '.join(BENCHMARKS)}, "
-                f"{TASK_PREFIX}chain_sum, {GYM_PREFIX}NAME, a path, and Hub ids (owner/name)"
+                f"{TASK_PREFIX}chain_sum, {TASK_PREFIX}running_sum, {GYM_PREFIX}NAME, a path, and Hub ids (owner/name)"
             )
         if num_problems is None:
             num_problems = ENDLESS_PROBLEMS if endless else NO_LIMIT

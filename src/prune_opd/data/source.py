@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from prune_opd.config import DataSection
 from prune_opd.data.prompts import load_prompts, render, tokenize
 from prune_opd.data.tasks import Split, problems
+from prune_opd.data.worked import WORKED_TASKS, worked_problems
 from prune_opd.errors import ConfigError, DataError
 from prune_opd.evaluation.graders import grade_gym
 from prune_opd.evaluation.gym import GYM_PREFIX, HELD_OUT_SEEDS, gym_problem, training_seeds
@@ -57,29 +58,73 @@ class DatasetSource:
 
 
 class TaskSource:
-    """The embedded task: fresh training problems at every step."""
+    """A task that comes with the package: fresh training problems at every step."""
 
     dropped_too_long = 0
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> None:
-        self.tokenizer, self.seed = tokenizer, seed
+    def __init__(self, data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> None:
+        self.data, self.tokenizer, self.seed = data, tokenizer, seed
 
     def batch(self, step: int, count: int) -> Sequence[Prompt]:
         """See `PromptSource.batch`."""
-        return task_prompts("train", self.tokenizer, seed=self.seed * 1_000_003 + step, count=count)
+        seed = self.seed * 1_000_003 + step
+        return task_prompts(self.data.train, "train", self.data, self.tokenizer, seed=seed, count=count)
 
 
-def task_prompts(split: Split, tokenizer: PreTrainedTokenizerBase, *, seed: int, count: int) -> list[Prompt]:
-    """`count` problems of the embedded task as prompts."""
+def task_prompts(
+    task: str, split: Split, data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int, count: int
+) -> list[Prompt]:
+    """`count` problems of a task of the package as prompts.
+
+    Those of chain_sum are what they are; the worded ones are user turns, as rows of a data set would be.
+    """
+    name = task.removeprefix(TASK_PREFIX)
+    if name in WORKED_TASKS:
+        return _fitting(_worked_prompts(task, split, data, tokenizer, seed=seed), data, count)
     return [
         Prompt(
             text=problem.prompt,
             token_ids=tuple(tokenizer(problem.prompt)["input_ids"]),
             answer=problem.answer,
-            source=f"task:chain_sum {split}[{i}]",
+            source=f"{task} {split}[{i}]",
         )
         for i, problem in enumerate(islice(problems(split, seed), count))
     ]
+
+
+def _worked_prompts(
+    task: str, split: Split, data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int
+) -> Iterator[Prompt]:
+    for i, problem in enumerate(worked_problems(task.removeprefix(TASK_PREFIX), split, seed)):
+        source = f"{task} {split}[{i}]"
+        yield Prompt(*_rendered(source, problem.question, data, tokenizer), problem.answer, source)
+
+
+def _rendered(
+    source: str, question: str, data: DataSection, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, tuple[int, ...]]:
+    text = render(source, question, tokenizer, data)
+    (ids,) = tokenize([text], tokenizer)
+    return text, tuple(ids)
+
+
+def _fitting(prompts: Iterable[Prompt], data: DataSection, count: int, hint: str = "") -> list[Prompt]:
+    """The first `count` prompts with at most data.max_prompt_length tokens; DataError when there are hardly any."""
+    found: list[Prompt] = []
+    shortest: int | None = None
+    for tried, prompt in enumerate(prompts, start=1):
+        length = len(prompt.token_ids)
+        shortest = length if shortest is None else min(shortest, length)
+        if length <= data.max_prompt_length:
+            found.append(prompt)
+        if len(found) == count:
+            break
+        if tried >= 100 + 10 * count:
+            raise DataError(
+                f"{data.train}: of {tried} prompts only {len(found)} have at most data.max_prompt_length = "
+                f"{data.max_prompt_length} tokens, the shortest has {shortest}; raise it{hint}"
+            )
+    return found
 
 
 class GymSource:
@@ -104,34 +149,24 @@ def gym_prompts(
 
     Raises DataError when so many prompts have more than `data.max_prompt_length` tokens that the search gives up.
     """
-    task = data.train
-    found: list[Prompt] = []
-    lengths: list[int] = []
-    for tried, seed in enumerate(seeds, start=1):
-        source = f"{task} seed {seed}"
-        _, entry = gym_problem(task, seed)
-        text = render(source, entry["question"], tokenizer, data)
-        (ids,) = tokenize([text], tokenizer)
-        lengths.append(len(ids))
-        if len(ids) <= data.max_prompt_length:
-            answer = None if entry["answer"] is None else str(entry["answer"])
-            found.append(Prompt(text, tuple(ids), answer, source, functools.partial(grade_gym, task=task, seed=seed)))
-        if len(found) == count:
-            break
-        if tried >= 100 + 10 * count:
-            raise DataError(
-                f"{task}: of {tried} prompts only {len(found)} have at most data.max_prompt_length = "
-                f"{data.max_prompt_length} tokens, the shortest has {min(lengths)}; raise it, or ask for easier "
-                f"problems with settings of the task, as in {GYM_PREFIX}chain_sum?max_terms=3"
-            )
-    return found
+    hint = f", or ask for easier problems with settings of the task, as in {GYM_PREFIX}chain_sum?max_terms=3"
+    return _fitting(_gym_prompts(data, tokenizer, seeds), data, count, hint)
+
+
+def _gym_prompts(data: DataSection, tokenizer: PreTrainedTokenizerBase, seeds: Iterable[int]) -> Iterator[Prompt]:
+    for seed in seeds:
+        source = f"{data.train} seed {seed}"
+        _, entry = gym_problem(data.train, seed)
+        text, ids = _rendered(source, entry["question"], data, tokenizer)
+        answer = None if entry["answer"] is None else str(entry["answer"])
+        yield Prompt(text, ids, answer, source, functools.partial(grade_gym, task=data.train, seed=seed))
 
 
 def training_prompts(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PromptSource:
     """The source that `data.train` names."""
     if data.train.startswith(TASK_PREFIX):
         _check_task(data.train, "data.train")
-        return TaskSource(tokenizer, seed=seed)
+        return TaskSource(data, tokenizer, seed=seed)
     if data.train.startswith(GYM_PREFIX):
         return GymSource(data, tokenizer, seed=seed)
     loaded = load_prompts(data, tokenizer)
@@ -148,12 +183,13 @@ def held_out_prompts(
     data = data.model_copy(update={"train": source, "split": split or data.split})
     if source.startswith(TASK_PREFIX):
         _check_task(source, "evaluation.data")
-        return task_prompts("held_out", tokenizer, seed=0, count=count)
+        return task_prompts(source, "held_out", data, tokenizer, seed=0, count=count)
     if source.startswith(GYM_PREFIX):
         return gym_prompts(data, tokenizer, seeds=range(HELD_OUT_SEEDS), count=count)
     return load_prompts(data, tokenizer).prompts[:count]
 
 
 def _check_task(name: str, setting: str) -> None:
-    if name != "task:chain_sum":
-        raise ConfigError(f"{setting} = {name!r} is no embedded task; there is task:chain_sum")
+    known = [f"{TASK_PREFIX}{task}" for task in ("chain_sum", *WORKED_TASKS)]
+    if name not in known:
+        raise ConfigError(f"{setting} = {name!r} is no embedded task; there are {', '.join(known)}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import (
@@ -16,24 +18,107 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, cached_file
 
 from prune_opd.config import Config, LoraSection, ModelSection
 from prune_opd.errors import ModelError, TokenizerError
 from prune_opd.models.causal_lm import check_compiler, check_liger
 
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
 log = logging.getLogger(__name__)
 
 
 def resolve_model(name: str) -> str:
-    """A path or Hub id; `embedded:NAME` becomes the folder of a model that ships with the package."""
+    """A path or Hub id; `embedded:NAME` becomes the folder of a model or adapter that ships with the package."""
     if not name.startswith("embedded:"):
         return name
     assets = Path(str(files("prune_opd") / "assets"))
-    folder = assets / name.removeprefix("embedded:")
-    if folder.parent != assets or not (folder / "config.json").is_file():
-        known = sorted(f"embedded:{p.name}" for p in assets.glob("*") if (p / "config.json").is_file())
-        raise ModelError(f"no embedded model {name!r}; there are {', '.join(known) or 'none: run `make assets`'}")
-    return str(folder)
+    found = [path.parent for kind in ("config.json", ADAPTER_CONFIG_NAME) for path in assets.rglob(kind)]
+    known = {f"embedded:{folder.relative_to(assets).as_posix()}": str(folder) for folder in found}
+    if name not in known:
+        raise ModelError(
+            f"no embedded model {name!r}; there are {', '.join(sorted(known)) or 'none: run `make assets`'}"
+        )
+    return known[name]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A peft adapter on this machine; `base` is what its adapter_config.json names, perhaps another adapter."""
+
+    name: str
+    folder: Path
+    settings: PeftConfig
+    base: str
+
+
+def find_adapter(name: str, *, local_files_only: bool = False) -> Adapter | None:
+    """The adapter that `name` (a folder, a Hub id or embedded:NAME) is; None for any other model.
+
+    As for transformers, adapter_config.json makes it one, whatever else is there. ModelError where peft is missing,
+    or the adapter names no base or has no safetensors weights.
+    """
+    path = resolve_model(name)
+    config_file = _file_of(path, ADAPTER_CONFIG_NAME, local_files_only=local_files_only)
+    if config_file is None:
+        return None
+    try:
+        from peft import PeftConfig
+    except ImportError as error:
+        raise ModelError(
+            f"{name!r} is a peft adapter, and peft cannot be imported: {error}\nInstall it with pip install peft, or "
+            "give a model with the adapter merged into it"
+        ) from error
+    try:
+        settings = PeftConfig.from_pretrained(str(Path(config_file).parent))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"the adapter {name!r} has an {ADAPTER_CONFIG_NAME} that peft cannot read: {error}") from error
+    if not settings.base_model_name_or_path:
+        raise ModelError(
+            f"the adapter {name!r} does not say which model it belongs to; write base_model_name_or_path into its "
+            f"{ADAPTER_CONFIG_NAME}"
+        )
+    return Adapter(name, Path(config_file).parent, settings, settings.base_model_name_or_path)
+
+
+def adapters_of(name: str, *, local_files_only: bool = False) -> tuple[str, list[Adapter]]:
+    """(the plain model behind `name`, its adapters in the order in which they go onto it).
+
+    Most names are plain models. An adapter may name another as its base: so does one trained over a student that was
+    an adapter itself.
+    """
+    adapters: list[Adapter] = []
+    while (adapter := find_adapter(name, local_files_only=local_files_only)) is not None:
+        if any(adapter.folder.resolve() == above.folder.resolve() for above in adapters):
+            chain = " -> ".join([*(above.name for above in adapters), adapter.name])
+            raise ModelError(f"these adapters name one another as their base, and no model: {chain}")
+        adapters.append(adapter)
+        name = adapter.base
+    return name, adapters[::-1]
+
+
+def plain_model(name: str, *, local_files_only: bool = False) -> str:
+    """The folder or Hub id with config.json and whole weights behind `name`, which may be an adapter."""
+    return resolve_model(adapters_of(name, local_files_only=local_files_only)[0])
+
+
+def _file_of(path: str, file: str, *, local_files_only: bool = False) -> str | None:
+    """Where a file of a folder or Hub repository lies on this machine, fetched if need be; None without one."""
+    if Path(path).is_dir():
+        return str(Path(path, file)) if Path(path, file).is_file() else None
+    try:
+        return cached_file(
+            path,
+            file,
+            local_files_only=local_files_only,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except (OSError, ValueError):  # no such repository: the model's own loading says it better
+        return None
 
 
 def resolve_device(name: str) -> torch.device:
@@ -48,22 +133,70 @@ def resolve_device(name: str) -> torch.device:
 
 
 def load_model(name: str, settings: ModelSection, *, dtype: str, device: torch.device) -> PreTrainedModel:
-    """A causal LM on `device`. Weights are read as safetensors only."""
+    """A causal LM on `device`. Weights are read as safetensors only.
+
+    Where `name` is a peft adapter, this is its base with the adapter merged into it, in `dtype`: a plain model.
+    """
     log_remote_code(name, settings)
+    plain, adapters = adapters_of(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            resolve_model(name),
+            resolve_model(plain),
             dtype=getattr(torch, dtype),
             attn_implementation=settings.attn_implementation,
             trust_remote_code=settings.trust_remote_code,
             use_safetensors=True,
+            **({"revision": adapters[0].settings.revision} if adapters and adapters[0].settings.revision else {}),
         )
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(
+        raise ModelError(_not_loaded(name, adapters, error)) from error
+    for adapter in adapters:
+        model = _merged(model, adapter)
+    return model.to(device)
+
+
+def _not_loaded(name: str, adapters: list[Adapter], error: Exception) -> str:
+    if not adapters:
+        return (
             f"model {name!r} cannot be loaded: {error}\n"
             "Give a folder with config.json and safetensors weights, a Hub id, or embedded:NAME"
+        )
+    made = "; `make setup-smollm` makes it, and is called, as this is, from the root of the repository"
+    return (
+        f"{name!r} is an adapter, and its base model {adapters[0].base!r} cannot be loaded: {error}\n"
+        f"base_model_name_or_path in {adapters[0].folder / ADAPTER_CONFIG_NAME} must be a Hub id or a folder with "
+        f"config.json and safetensors weights, where a relative path begins in the working directory "
+        f"({Path.cwd()}){made if name.startswith('embedded:smollm/') else ''}"
+    )
+
+
+def _merged(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
+    """The model with the adapter added to its weights; what is trained over it later names the adapter as its base."""
+    from peft import PeftModel
+
+    path = resolve_model(adapter.name)
+    if _file_of(path, ADAPTER_SAFE_WEIGHTS_NAME) is None:  # peft would read a pickle instead
+        raise ModelError(
+            f"the adapter {adapter.name!r} has no {ADAPTER_SAFE_WEIGHTS_NAME}; adapters are read as safetensors only: "
+            "save it again with a peft that is not from before 2024"
+        )
+    try:
+        with_adapter = PeftModel.from_pretrained(model, str(adapter.folder))
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"the adapter {adapter.name!r} does not fit its base model {adapter.base!r}: {error}\n"
+            f"Correct base_model_name_or_path in {adapter.folder / ADAPTER_CONFIG_NAME}"
         ) from error
-    return model.to(device)
+    if not hasattr(with_adapter, "merge_and_unload"):
+        raise ModelError(
+            f"the adapter {adapter.name!r} is of the kind {adapter.settings.peft_type}, which cannot be merged into "
+            "weights; LoRA and its like can"
+        )
+    merged = with_adapter.merge_and_unload()
+    if hasattr(merged, "peft_config"):
+        del merged.peft_config
+    merged.name_or_path = adapter.name
+    return merged.requires_grad_(True)  # peft had frozen it
 
 
 def log_remote_code(name: str, settings: ModelSection) -> None:
@@ -105,9 +238,14 @@ def add_adapters(model: PreTrainedModel, lora: LoraSection) -> PreTrainedModel:
 
 
 def load_tokenizer(name: str, settings: ModelSection) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, which must know padding and the end of a sequence."""
+    """The tokenizer of a model, which must know padding and the end of a sequence.
+
+    An adapter that comes without one has its base's. Raises TokenizerError.
+    """
     folder = resolve_model(name)
     log_remote_code(name, settings)
+    while _file_of(folder, "tokenizer_config.json") is None and (adapter := find_adapter(folder)) is not None:
+        folder = resolve_model(adapter.base)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
@@ -169,17 +307,19 @@ def check_context(model_config: PretrainedConfig, name: str, longest: int) -> No
 
 
 def read_model_config(name: str, settings: ModelSection, *, local_files_only: bool = True) -> PretrainedConfig | None:
-    """The model's config.json from its folder or the Hub's cache, or from the Hub if allowed; None without one."""
+    """The model's config.json from its folder or the Hub's cache, or from the Hub if allowed; None without one.
+
+    Of an adapter, its base's.
+    """
     log_remote_code(name, settings)
+    plain = plain_model(name, local_files_only=local_files_only)
     try:
         return AutoConfig.from_pretrained(
-            resolve_model(name), trust_remote_code=settings.trust_remote_code, local_files_only=local_files_only
+            plain, trust_remote_code=settings.trust_remote_code, local_files_only=local_files_only
         )
-    except ModelError:
-        raise
     except (OSError, ValueError):
-        if (Path(name) / "config.json").is_file():
+        if (Path(plain) / "config.json").is_file():
             raise ModelError(
-                f"{name}/config.json names no model that transformers knows; update it or repair"
+                f"{plain}/config.json names no model that transformers knows; update it or repair"
             ) from None
         return None

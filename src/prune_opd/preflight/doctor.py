@@ -123,7 +123,7 @@ def _ends(config: Config, tokenizers: Tokenizers, say: Tell) -> None:
 
 def _end_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     try:
-        settings = GenerationConfig.from_pretrained(models.resolve_model(name))
+        settings = GenerationConfig.from_pretrained(models.plain_model(name))
     except (OSError, ValueError):  # the file is optional
         settings = GenerationConfig()
     return frozenset(models.end_ids(settings, tokenizer))

@@ -224,7 +224,7 @@ def build_sampler(
         return sampler
     return VLLMSampler(
         student,
-        model=models.resolve_model(config.model.model_name_or_path),
+        model=models.plain_model(config.model.model_name_or_path),  # an adapter's base: weights are handed over
         dtype=dtype,
         pad_id=pad_id,
         eos_ids=eos_ids,
