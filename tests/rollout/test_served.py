@@ -18,7 +18,8 @@ from prune_opd.errors import ConfigError, EngineError, ModelError, ServerError
 from prune_opd.models.loading import load_tokenizer, resolve_model
 from prune_opd.rollout.base import rollout_uniforms
 from prune_opd.rollout.served import ServedSampler, parse_tokens
-from prune_opd.serving.client import BadAnswer, Servers
+from prune_opd.serving.client import Servers
+from prune_opd.serving.exchange import BadAnswer
 from prune_opd.training.trainer import Trainer
 from tests.families import EOS, PAD, VOCAB, tiny_model, tiny_prompts
 from tests.openai_server import serving
@@ -319,12 +320,12 @@ def test_only_whole_answers_are_taken(tokens, change):
     """Token 0 ends a response."""
     count = len(tokens) if 0 not in tokens else 6
     tokens = tokens[: tokens.index(0) + 1] if 0 in tokens else tokens
-    scores = [{f"token_id:{v}": -1.0 - v for v in {t, 1, 2}} for t in tokens]
+    scores = [{f"token_id:{v}": -0.5 - v for v in {t, 1, 2}} for t in tokens]
     choice = {"token_ids": list(tokens), "prompt_token_ids": [7], "logprobs": {"top_logprobs": scores}}
     match change:
         case "longer":
             choice["token_ids"].append(1)
-            scores.append({"token_id:1": -1.0, "token_id:2": -2.0})
+            scores.append({"token_id:1": -0.5, "token_id:2": -1.5})
         case "shorter":
             choice["token_ids"].pop()
             scores.pop()
