@@ -338,7 +338,7 @@ def test_only_whole_answers_are_taken(tokens, change):
         found = parse_tokens({"choices": [choice]}, [7], count, [0], top_k=2, vocab_size=9)
         assert found.tokens == tokens and len(found.ids) == len(found.logprobs) == 3 * len(tokens)
         for i, token in enumerate(tokens):
-            assert found.ids[3 * i] == token and found.logprobs[3 * i] == -1.0 - token
+            assert found.ids[3 * i] == token and found.logprobs[3 * i] == -0.5 - token
             assert found.logprobs[3 * i + 1 : 3 * i + 3] == sorted(scores[i].values(), reverse=True)[:2]
     else:
         with pytest.raises(BadAnswer):

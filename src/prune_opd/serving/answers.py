@@ -74,7 +74,7 @@ def check_mass(listed: Mapping[int, float], best: Sequence[tuple[int, float]], v
     """BadAnswer where candidates cannot be the likeliest of a distribution over `vocab_size` ids.
 
     best: the likeliest that were asked for, in order. None that is not listed is likelier than the last of them, so
-    mass of the listed + (V - listed) · the last is at least 1. A quarter is asked, since a server may have more ids than V.
+    mass of the listed + (V - listed) · the last is at least 1. A quarter is asked: a server may have more ids than V.
     """
     reach = math.fsum(map(math.exp, listed.values())) + max(vocab_size - len(listed), 0) * math.exp(best[-1][1])
     if reach < LEAST_MASS:
