@@ -43,8 +43,8 @@ VALUES = st.one_of(
     st.text(max_size=8),
     st.builds(list),
     st.builds(dict),
-    st.just([[5], 6]),
-    st.just({"logprob": -0.1}),
+    st.builds(lambda: [[5], 6]),
+    st.builds(lambda: {"logprob": -0.1}),
 )
 
 
@@ -250,9 +250,9 @@ def wire_lies(models, scores):
             reply, st.sampled_from(STATUSES), st.just(rude), st.sampled_from([{"Retry-After": r} for r in RETRIES])
         ),
         st.builds(reply, st.just(200), st.just(b"{}"), st.sampled_from([{"Content-Length": n} for n in LENGTHS])),
-        st.builds(reply, st.just(200), st.just(b"{}"), st.sampled_from([{"X": KEY}, {"X": "a" * 200_000}])),
+        st.builds(reply, st.just(200), st.just(b"{}"), st.sampled_from([{"X": KEY}, {"X": "a" * 70_000}])),
         st.builds(contents, lies(models) | st.binary(max_size=50), lies(scores)),
-        st.builds(contents, st.just(models), lies(scores) | st.binary(max_size=50)),
+        st.builds(contents, st.builds(copy.deepcopy, st.just(models)), lies(scores) | st.binary(max_size=50)),
     )
 
 
