@@ -25,7 +25,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prune_opd.errors import DataError
@@ -61,6 +61,18 @@ def is_right(prompt: Prompt, response: str) -> bool:
     if prompt.answer is None:
         raise DataError(f"{prompt.source}: no gold answer to grade against; name its column with data.answer_column")
     return grade(response, prompt.answer)
+
+
+def check_gradable(prompts: Sequence[Prompt], needed_by: str, otherwise: str) -> None:
+    """DataError where a prompt has nothing to grade against; names the first, what stands there, and how many."""
+    lacking = [prompt for prompt in prompts if not prompt.is_gradable]
+    if lacking:
+        what = f" ({lacking[0].lack})" if lacking[0].lack else ""
+        raise DataError(
+            f"{lacking[0].source}: no gold answer, which {needed_by} needs{what}; {len(lacking)} of {len(prompts)} "
+            "prompts have none. Name the column with data.answer_column (text or numbers, one answer a row), remove "
+            f"these rows, or {otherwise}"
+        )
 
 
 def grade(response: str, gold: str) -> bool:

@@ -49,10 +49,10 @@ def logprob(value: Any, where: str) -> float:
     return float(value)
 
 
-def distribution(entry: Any, where: str, *, prefix: str = "") -> dict[int, float]:
+def distribution(entry: Any, where: str, vocab_size: int, *, prefix: str = "") -> dict[int, float]:
     """{id: log-probability} of {"5": -0.3} or {"5": {"logprob": -0.3}}; before the number of a key stands `prefix`.
 
-    BadAnswer unless the keys are different ids and their mass is at most 1.
+    BadAnswer unless the keys are different ids in [0, vocab_size) and their mass is at most 1.
     """
     if not isinstance(entry, Mapping):
         raise BadAnswer(f"{where}: expected an object of candidates")
@@ -61,6 +61,8 @@ def distribution(entry: Any, where: str, *, prefix: str = "") -> dict[int, float
         digits = key.removeprefix(prefix)
         if not (digits.isascii() and digits.isdigit() and len(digits) < 10):
             raise BadAnswer(f"{where}: a candidate is no token id")
+        if not is_id(int(digits), vocab_size):
+            raise BadAnswer(f"{where}: id {digits} is beyond the {vocab_size} that student and server share")
         listed[int(digits)] = logprob(value.get("logprob") if isinstance(value, Mapping) else value, where)
     if len(listed) < len(entry):
         raise BadAnswer(f"{where}: a candidate stands there twice")

@@ -232,7 +232,8 @@ def parse_scores(choice: dict[str, Any], token_ids: Sequence[int], count: int, v
 
     Raises BadAnswer unless there is an entry for each token sent, with the ids sent, each with the `count` most likely
     tokens and the token itself, all of them log-probabilities of one distribution that float32 can hold, and large
-    enough for the likeliest. Ids from `vocab_size` on, padding rows of a larger model, are left out.
+    enough for the likeliest. An id from `vocab_size` on, a token that only the teacher has, is refused: without it,
+    what is left would not be the likeliest.
     """
     found = choice.get("prompt_logprobs")
     if not isinstance(found, list) or len(found) != len(token_ids):
@@ -244,14 +245,14 @@ def parse_scores(choice: dict[str, Any], token_ids: Sequence[int], count: int, v
     ids, logprobs, sampled, unlisted, entropy = [], [], [], [], []
     for position, (token, entry) in enumerate(zip(token_ids[1:], found[1:], strict=True), start=1):
         where = f"position {position}"
-        listed = distribution(entry, where)
+        listed = distribution(entry, where, vocab_size)
         if token not in listed:
             raise BadAnswer(f"the scores at {where} lack token {token} itself")
         sampled.append(listed[token])
         mass = math.fsum(map(math.exp, listed.values()))
-        ranked = sorted((item for item in listed.items() if item[0] < vocab_size), key=lambda item: -item[1])
+        ranked = sorted(listed.items(), key=lambda item: -item[1])
         if len(ranked) < count:
-            raise BadAnswer(f"{where} has scores of {len(ranked)} known ids, asked were {count}")
+            raise BadAnswer(f"{where} has scores of {len(ranked)} ids, asked were {count}")
         check_mass(listed, ranked[:count], vocab_size, where)
         left, rest = max(1 - mass, ROUNDING), vocab_size - len(listed)
         share = math.log(left / rest) if rest > 0 else -math.inf
