@@ -18,6 +18,7 @@ import pytest
 from prune_opd.evaluation import graders
 from prune_opd.evaluation.graders import extract_answer, grade, grade_gym
 from prune_opd.evaluation.gym import gym_problem
+from prune_opd.types import Prompt
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 VERL_FILES = ["aime24", "aime25", "amc23_40", "amc23_83", "dapo-math-17k", "math500"]
@@ -281,7 +282,7 @@ def test_two_hundred_wrong_and_hostile_answers() -> None:
 @pytest.fixture
 def fresh_verifier() -> Iterator[graders._Verifier]:
     graders._verifier.cache_clear()
-    yield graders._verifier(os.getpid())
+    yield graders._verifier(os.getpid(), "math_verify", 0)
     graders._verifier.cache_clear()
 
 
@@ -405,6 +406,24 @@ def test_grades_from_several_threads(fresh_verifier: graders._Verifier) -> None:
     for thread in threads:
         thread.join()
     assert results == {i: i % 3 == 1 for i in range(24)}
+
+
+def test_answers_are_graded_side_by_side_and_in_order(
+    fresh_verifier: graders._Verifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that hang at a time: each waits for the other to be asked as well."""
+    monkeypatch.setattr(graders, "AT_ONCE", 2)
+    together = threading.Barrier(2, timeout=120)
+    holds = graders._Verifier.holds
+
+    def meet(verifier: graders._Verifier, *question: str) -> bool:
+        together.wait()
+        return holds(verifier, *question)
+
+    monkeypatch.setattr(graders._Verifier, "holds", meet)
+    texts = [boxed(rf"\sqrt{{{n}}}") for n in (25, 36, 25, 49)]
+    prompts = [Prompt("q", (1,), "5", "here") for _ in texts]
+    assert list(graders.are_right(prompts, texts)) == [True, False, True, False]
 
 
 def test_math_verify_that_does_not_start_is_not_a_wrong_answer(

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from prune_opd.config import EvaluationSection
 from prune_opd.distributed.world import ALONE, World
 from prune_opd.errors import DataError
-from prune_opd.evaluation.graders import check_gradable, is_right
+from prune_opd.evaluation.graders import are_right, check_gradable
 from prune_opd.rollout.base import Sampler, rollout_uniforms
 from prune_opd.types import Prompt, Rollouts
 
@@ -88,9 +88,11 @@ def evaluate(
             lengths[batch] = rollouts.lengths.reshape(-1, k).cpu()
             finished[batch] = rollouts.finished.reshape(-1, k).cpu()
             sample_seconds += time.perf_counter() - sampling_began
-            for number, text in zip(numbers, response_texts(rollouts, tokenizer), strict=True):
+            texts = list(response_texts(rollouts, tokenizer))
+            verdicts = are_right([prompts[number // k] for number in numbers], texts)
+            for number, text, verdict in zip(numbers, texts, verdicts, strict=True):
                 problem, sample = divmod(number, k)
-                right[problem, sample] = is_right(prompts[problem], text)
+                right[problem, sample] = verdict
                 if file:
                     record = {
                         "problem": problem,

@@ -25,7 +25,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from prune_opd.errors import DataError
@@ -40,6 +41,7 @@ MAX_ANSWER_CHARS = 1000  # the longest gold of MATH-500 has 53
 MAX_GYM_ANSWER_CHARS = 10_000  # lists of moves are long: 2,015 characters for a tower of Hanoi
 VERIFY_SECONDS = 1.0  # of the processor: ordinary answers take 1-300 ms; a new worker after a hang is a fork of 10 ms
 GYM_VERIFY_SECONDS = 10.0  # making a problem of knight_swap again takes 2 s
+AT_ONCE = min(4, os.cpu_count() or 1)  # answers that are graded side by side, each by a process of 150 MB
 TOO_LATE, DIED = "too late", "died"  # what a worker's end means
 WALL_FACTOR = 20  # so much longer by the clock before a process that does nothing is killed, too
 START_SECONDS = 600.0  # importing SymPy takes a second, or minutes from a cold network disk or on a crowded machine
@@ -61,6 +63,12 @@ def is_right(prompt: Prompt, response: str) -> bool:
     if prompt.answer is None:
         raise DataError(f"{prompt.source}: no gold answer to grade against; name its column with data.answer_column")
     return grade(response, prompt.answer)
+
+
+def are_right(prompts: Sequence[Prompt], responses: Sequence[str]) -> Iterator[bool]:
+    """`is_right` of each pair, in their order and as soon as it is known; several are graded side by side."""
+    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="prune-opd-grader") as pool:
+        yield from pool.map(is_right, prompts, responses)
 
 
 def check_gradable(prompts: Sequence[Prompt], needed_by: str, otherwise: str) -> None:
@@ -87,7 +95,7 @@ def grade(response: str, gold: str) -> bool:
     answer = extract_answer(response)
     if answer is None or len(answer) > MAX_ANSWER_CHARS:
         return False
-    return equal(answer, extract_answer(gold) or gold, _verifier(os.getpid()).holds)
+    return equal(answer, extract_answer(gold) or gold, functools.partial(_holds, "math_verify"))
 
 
 def grade_gym(response: str, *, task: str, seed: int) -> bool:
@@ -108,7 +116,7 @@ def grade_gym(response: str, *, task: str, seed: int) -> bool:
     if len(answer) > MAX_GYM_ANSWER_CHARS:
         return False
     answer = _TEXT.sub(r"\1", answer).strip()
-    return bool(answer) and _verifier(os.getpid(), "reasoning_gym").holds(task, seed, answer)
+    return bool(answer) and _holds("reasoning_gym", task, seed, answer)
 
 
 def extract_answer(response: str) -> str | None:
@@ -154,24 +162,23 @@ class _Verifier:
         self.logged: set[str] = set()
 
     def holds(self, *question: str | int) -> bool:
-        """What the process answers to [gold, answer] or [task, seed, answer]."""
+        """What the process answers to [gold, answer] or [task, seed, answer]. The caller has the lock."""
         seconds = VERIFY_SECONDS if self.package == "math_verify" else GYM_VERIFY_SECONDS
-        with self.lock:
-            process, self.process = self.process, None
-            if process is None or process.poll() is not None:
-                process = _start(self.package)
-            request = json.dumps([seconds, *question]) + "\n"
-            line, timed_out = _exchange(process, request, WALL_FACTOR * seconds)
-            reply = json.loads(line) if line and not timed_out else None
-            if reply is not None:
-                self.process = process  # only now: after Ctrl-C, its reply would be taken for the next one's
-            else:
-                _stop(process)
-                timed_out |= process.returncode == -getattr(signal, "SIGPROF", 0)
-            if not isinstance(reply, bool):
-                late = timed_out or reply == TOO_LATE
-                self._log(f"took over {seconds:g} s" if late else "died", question[-1])
-            return reply is True
+        process, self.process = self.process, None
+        if process is None or process.poll() is not None:
+            process = _start(self.package)
+        request = json.dumps([seconds, *question]) + "\n"
+        line, timed_out = _exchange(process, request, WALL_FACTOR * seconds)
+        reply = json.loads(line) if line.endswith("\n") and not timed_out else None
+        if reply is not None:
+            self.process = process  # only now: after Ctrl-C, its reply would be taken for the next one's
+        else:
+            _stop(process)
+            timed_out |= process.returncode == -getattr(signal, "SIGPROF", 0)
+        if not isinstance(reply, bool):
+            late = timed_out or reply == TOO_LATE
+            self._log(f"took over {seconds:g} s" if late else "died", question[-1])
+        return reply is True
 
     def _log(self, failure: str, answer: str | int) -> None:
         if failure not in self.logged:
@@ -179,9 +186,22 @@ class _Verifier:
             logger.warning("grading %.80r %s: counted as wrong, as will others be, silently", answer, failure)
 
 
+def _holds(package: str, *question: str | int) -> bool:
+    """Ask the first verifier that is free, so that one process does where one answer is graded at a time."""
+    verifiers = [_verifier(os.getpid(), package, number) for number in range(AT_ONCE)]
+    free = next((verifier for verifier in verifiers if verifier.lock.acquire(blocking=False)), None)
+    if free is None:
+        free = verifiers[0]
+        free.lock.acquire()
+    try:
+        return free.holds(*question)
+    finally:
+        free.lock.release()
+
+
 @functools.cache
-def _verifier(pid: int, package: str = "math_verify") -> _Verifier:
-    """One for each process: a forked child must not share its parent's pipes."""
+def _verifier(pid: int, package: str, number: int) -> _Verifier:
+    """So many for each process: a forked child must not share its parent's pipes."""
     return _Verifier(package)
 
 
