@@ -409,3 +409,31 @@ def test_nothing_is_asked_after_the_end(server):
     servers.close()
     with pytest.raises(ServerError, match="after the connections were closed"):
         servers.post("/x", {}, echo)
+
+
+@pytest.mark.filterwarnings("error")
+def test_requests_that_wait_at_the_end_are_ended(server):
+    """A request that never gets an answer, one that connects again and again, and one that waits for its turn."""
+    away = Servers([f"http://127.0.0.1:{closed_port()}"], deadline=86400)
+    silent = client(server, deadline=86400, concurrency=1)
+    asked, release = threading.Event(), threading.Event()
+    server.before = lambda handler, body: asked.set() or release.wait(60)
+    failed = []
+
+    def ask(servers):
+        try:
+            servers.post("/x", {}, echo)
+        except ServerError as error:
+            failed.append(str(error))
+
+    threads = [threading.Thread(target=ask, args=(servers,), daemon=True) for servers in (away, silent, silent)]
+    for thread in threads:
+        thread.start()
+    assert asked.wait(60)
+    away.close()
+    silent.close()
+    for thread in threads:
+        thread.join(60)
+    release.set()
+    assert not any(thread.is_alive() for thread in threads)
+    assert len(failed) == 3 and all("connections were closed" in text for text in failed)

@@ -132,7 +132,14 @@ class Wire:
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=self._loop.run_forever, name="prune-opd-wire", daemon=True)
         thread.start()
-        self.close = weakref.finalize(self, _stop, self._loop, thread, list(self._clients.values()))
+        self._closing, self._closed = threading.Lock(), False
+        self._stop = weakref.finalize(self, _stop, self._loop, thread, list(self._clients.values()))
+
+    def close(self) -> None:
+        """End what is under way, with a ServerError for those who wait for it."""
+        with self._closing:  # what was begun before is seen by the end, and nothing begins after
+            self._closed = True
+        self._stop()
 
     def send(self, method: str, url: str, body: dict[str, Any] | None, *, seconds: float, most: int) -> Reply:
         """One request and its answer, in at most `seconds` and `most` bytes.
@@ -140,12 +147,13 @@ class Wire:
         Raises Unanswered where there was none in time, BadAnswer for one that is too long or compressed, ServerError
         for a request that can never be sent.
         """
-        coroutine = self._exchange(method, url, body, seconds, most)
-        if not self.close.alive:
-            coroutine.close()
-            raise ServerError(f"{url}: asked after the connections were closed")
+        with self._closing:
+            if self._closed:
+                raise ServerError(f"{url}: asked after the connections were closed")
+            coroutine = self._exchange(method, url, body, seconds, most)
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
-            return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+            return future.result()
         except TimeoutError:
             raise Unanswered(f"no whole answer within {max(seconds, 0):.3g} s", broken=True) from None
         except CancelledError:
@@ -240,10 +248,10 @@ def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread, clients: li
     """End what is under way, close the connections and end the thread."""
 
     async def shut() -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        while tasks := asyncio.all_tasks() - {asyncio.current_task()}:  # one that is cancelled may begin others
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
         for client in clients:
             await client.aclose()
 
