@@ -57,7 +57,7 @@ class Finding:
 
 Tell = Callable[[str, Status, str], None]
 
-SERVER_SECONDS = 6.0  # in which the servers of teacher and student each must answer
+SERVER_SECONDS = 5.0  # in which the servers of teacher and student each must answer
 
 
 def examine(config: Config, *, probe_prompts: int, tell: Callable[[Finding], None]) -> bool:

@@ -32,7 +32,7 @@ import httpx2
 from prune_opd.errors import ServerError
 
 API_KEY_VARIABLE = "PRUNE_OPD_SERVER_API_KEY"
-CONNECT_SECONDS = 4.0  # for one attempt; so a server that is not there is said within 5 s
+CONNECT_SECONDS = 3.5  # for one attempt; so a server that is not there is said within 5 s
 SMALL_ANSWER = 2**20  # bytes of an answer that has nothing to do with tokens
 ERROR_BYTES = 2**16  # so much of a refusal is read
 QUOTED_CHARS = 300
