@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -33,6 +34,7 @@ class OpenAIServer(ThreadingHTTPServer):
         self.before: Callable[[_Handler, Any], bool] = lambda handler, body: False
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.forward = threading.Lock()
+        self.sent, self.gone = 0, threading.Event()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that breaks is what some tests are about; anything else is printed."""
@@ -136,6 +138,25 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
+
+    def endless(self, status: int = 200, *, chunk: bytes = b" ", pause: float = 0.0, length: int = 10**12) -> None:
+        """Announce `length` bytes, and send `chunk` until the client goes away; `server.sent` counts the bytes."""
+        self.close_connection = True
+        try:
+            self.send_response(status)
+            self.send_header("Content-Length", str(length))
+            self.end_headers()
+            self.drip(b"", chunk, pause)
+        except OSError:
+            self.server.gone.set()
+
+    def drip(self, head: bytes, chunk: bytes, pause: float) -> None:
+        self.wfile.write(head)
+        while True:
+            self.wfile.write(chunk)
+            self.wfile.flush()
+            self.server.sent += len(chunk)
+            time.sleep(pause)
 
     def log_message(self, *args: Any) -> None:
         pass

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from prune_opd.errors import ConfigError, RewardError
-from prune_opd.evaluation.graders import is_right
+from prune_opd.evaluation.graders import are_right
 from prune_opd.types import Prompt
 
 GRADE = "grade"
@@ -65,8 +65,7 @@ def load_reward(name: str) -> RewardFunction:
 
 
 def _grade(prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
-    right = [is_right(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
-    return torch.tensor(right, dtype=torch.float64)
+    return torch.tensor(list(are_right(prompts, completions)), dtype=torch.float64)
 
 
 def _call(name: str, function: Callable[..., Any], prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:

@@ -94,7 +94,8 @@ class Span:
 class Prompt:
     """`text` is what the model sees, template and suffix included; `source` is file:line or dataset[row].
 
-    grader: says whether a response is right, where that is not `graders.grade(response, answer)`.
+    grader: says whether a response is right, where that is not `graders.grade(response, answer)` · lack: where there is
+    no answer, what stood in its place.
     """
 
     text: str
@@ -102,6 +103,7 @@ class Prompt:
     answer: str | None
     source: str
     grader: Callable[[str], bool] | None = field(default=None, compare=False, repr=False)
+    lack: str = field(default="", compare=False)
 
     @property
     def is_gradable(self) -> bool:

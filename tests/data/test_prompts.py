@@ -388,3 +388,9 @@ def test_real_files(chatty, name, rows) -> None:
             float(prompt.answer)  # refuses 1,000 and a worked answer
     if name.startswith("dapo"):
         assert len({prompt.text for prompt in found.prompts}) < rows  # duplicates stay
+
+
+def test_what_a_data_frame_has_for_nothing_is_no_gold_answer(write, plain) -> None:
+    path = write("a.parquet", [{"question": "q", "answer": 7.5}, {"question": "q", "answer": float("nan")}])
+    first, second = load(path, plain)
+    assert (first.answer, second.answer, second.lack) == ("7.5", None, "column 'answer' holds NaN")

@@ -19,7 +19,7 @@ from prune_opd.config import DataSection, EvaluationSection
 from prune_opd.data.source import task_prompts
 from prune_opd.data.tasks import VOCABULARY
 from prune_opd.errors import DataError, RunDirectoryError
-from prune_opd.evaluation.evaluate import bootstrap_ci95, evaluate, pass_at_k
+from prune_opd.evaluation.evaluate import ci95, evaluate, pass_at_k
 from prune_opd.experiments.evaluate_model import evaluate_model
 from prune_opd.rollout.local import LocalSampler
 from prune_opd.types import Prompt, Rollouts
@@ -129,13 +129,42 @@ def test_pass_at_k_of_many_samples_does_not_overflow() -> None:
 # ---- bootstrap ----
 
 
-def test_bootstrap_of_equal_scores_has_no_width() -> None:
-    assert bootstrap_ci95([0.25] * 30) == (0.25, 0.25)
+def at_most(right: int, n: int, p: float) -> float:
+    """The chance of at most so many right of n."""
+    return sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(right + 1))
+
+
+@pytest.mark.parametrize("n", [1, 8, 30, 500])
+def test_all_or_none_right_is_the_interval_of_clopper_and_pearson(n: int) -> None:
+    """Its end is where so few right, or fewer, has a chance of 2.5%: the definition, by the binomial's sum."""
+    low, high = ci95([0.0] * n)
+    assert low == 0 and at_most(0, n, high) == pytest.approx(0.025)
+    low, high = ci95([1.0] * n)
+    assert high == 1 and 1 - at_most(n - 1, n, low) == pytest.approx(0.025)
+
+
+def test_0_of_8_is_0_to_37_percent() -> None:
+    assert ci95([0.0] * 8) == pytest.approx((0.0, 0.369), abs=1e-3)
+
+
+def test_equal_scores_and_equal_differences_have_a_width_too() -> None:
+    low, high = ci95([0.25] * 30)
+    assert 0 < low < 0.25 < high < 0.4
+    low, high = ci95([0.0] * 8, least=-1.0)
+    assert low == -high and high == pytest.approx(0.369, abs=1e-3)
+    assert ci95(np.mean([[0.1, 0.2], [0.2, 0.1]], axis=0)) == pytest.approx(ci95([0.15, 0.15]))
+
+
+def test_intervals_of_a_hard_benchmark_cover_the_truth() -> None:
+    """Of 8 problems, each right once in 20: mostly none is right, and resampling alone would cover 1 in 3."""
+    rng = np.random.default_rng(2)
+    intervals = [ci95(rng.random(8) < 0.05, resamples=400) for _ in range(400)]
+    assert np.mean([low <= 0.05 <= high for low, high in intervals]) > 0.95
 
 
 def test_bootstrap_agrees_with_the_normal_interval_of_many_problems() -> None:
     scores = np.random.default_rng(1).random(2000)
-    low, high = bootstrap_ci95(scores)
+    low, high = ci95(scores)
     half = 1.96 * scores.std() / math.sqrt(len(scores))
     assert low == pytest.approx(scores.mean() - half, abs=half / 10)
     assert high == pytest.approx(scores.mean() + half, abs=half / 10)
@@ -143,15 +172,15 @@ def test_bootstrap_agrees_with_the_normal_interval_of_many_problems() -> None:
 
 def test_bootstrap_covers_the_truth_about_95_times_in_100() -> None:
     rng = np.random.default_rng(2)
-    intervals = [bootstrap_ci95(rng.random(40) < 0.4, resamples=400) for _ in range(400)]
+    intervals = [ci95(rng.random(40) < 0.4, resamples=400) for _ in range(400)]
     assert 0.90 <= np.mean([low <= 0.4 <= high for low, high in intervals]) <= 0.98
 
 
 def test_bootstrap_narrows_with_the_number_of_problems_and_is_repeatable() -> None:
     scores = [0.0, 1.0] * 8
-    width = [high - low for low, high in (bootstrap_ci95(scores), bootstrap_ci95(scores * 16))]
+    width = [high - low for low, high in (ci95(scores), ci95(scores * 16))]
     assert width[0] / width[1] == pytest.approx(4, rel=0.15)
-    assert bootstrap_ci95(scores) == bootstrap_ci95(scores)
+    assert ci95(scores) == ci95(scores)
 
 
 # ---- evaluate ----
@@ -163,8 +192,8 @@ def test_scores_lengths_and_rates() -> None:
     assert found.per_problem == [0.5, 0.0, 1.0]
     assert found.accuracy == 0.5
     assert found.pass_at_k == pytest.approx({1: 0.5, 2: (5 / 6 + 0 + 1) / 3, 4: 2 / 3})
-    assert found.ci95 == bootstrap_ci95([0.5, 0.0, 1.0]) == found.pass_at_k_ci95[1]
-    assert found.pass_at_k_ci95[4] == bootstrap_ci95([1.0, 0.0, 1.0])
+    assert found.ci95 == ci95([0.5, 0.0, 1.0]) == found.pass_at_k_ci95[1]
+    assert found.pass_at_k_ci95[4] == ci95([1.0, 0.0, 1.0])
     counted = sum(len(text.split()) for row in texts for text in row)  # one token a word
     assert found.tokens == counted
     assert found.mean_length == counted / 12

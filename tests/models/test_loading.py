@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from prune_opd.config import ModelSection, load_config
+from prune_opd.config import ModelSection, load_config, with_settings
 from prune_opd.errors import ModelError
 from prune_opd.models.loading import (
     adapters_of,
@@ -118,15 +118,15 @@ def recipe(pytestconfig, adapter, *more):
 
 def test_student_and_teacher_that_are_the_same_adapter_agree_and_all_weights_train(pytestconfig, adapter, tmp_path):
     trainer = Trainer(recipe(pytestconfig, adapter), tmp_path / "run")
-    assert all(p.requires_grad for p in trainer.student.parameters())
-    torch.testing.assert_close(logits(trainer.student), by_hand(adapter))
-    torch.testing.assert_close(logits(trainer.teacher.model), by_hand(adapter))
+    assert all(p.requires_grad for p in trainer.parts.student.parameters())
+    torch.testing.assert_close(logits(trainer.parts.student), by_hand(adapter))
+    torch.testing.assert_close(logits(trainer.run.teacher.model), by_hand(adapter))
     trainer.train()
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [r["distillation/overlap_ratio"] for r in records if "distillation/overlap_ratio" in r] == [1]
     checkpoint = tmp_path / "run" / "checkpoints" / "step_1"
     assert find_adapter(str(checkpoint)) is None  # a model on its own
-    torch.testing.assert_close(logits(load(checkpoint)), logits(trainer.student))
+    torch.testing.assert_close(logits(load(checkpoint)), logits(trainer.parts.student))
 
 
 def test_a_new_adapter_over_a_student_that_is_one(pytestconfig, adapter, tmp_path):
@@ -138,10 +138,10 @@ def test_a_new_adapter_over_a_student_that_is_one(pytestconfig, adapter, tmp_pat
     torch.testing.assert_close(logits(student), by_hand(adapter))  # the new one is zero
 
     other = make_adapter(tmp_path / "other", seed=1)
-    config = config.with_settings(**{"model.teacher_model_name_or_path": str(other)})
+    config = with_settings(config, **{"model.teacher_model_name_or_path": str(other)})
     trainer = Trainer(config, tmp_path / "run")
     trainer.train()
-    trained = logits(trainer.student)
+    trained = logits(trainer.parts.student)
     assert not torch.allclose(trained, by_hand(adapter), atol=1e-3)
     checkpoint = tmp_path / "run" / "checkpoints" / "step_1"
     assert [a.folder for a in adapters_of(str(checkpoint))[1]] == [adapter, checkpoint]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -118,7 +119,7 @@ def test_the_limits_of_a_server_are_found():
     with serving(model, tokenizer, name="embedded:teacher", max_logprobs=10) as server:
         served = [f"model.teacher_model_server_url={server.url}", "model.teacher_server.top_logprobs=10"]
         found = findings(*served, prompts=2)
-        assert "10 candidates a token" in found["teacher's servers"][1]
+        assert "10 candidates a token" in found["teacher's answers"][1]
         assert "agreement, student's text" in found and "threshold" not in found
         found = findings(*served, "model.teacher_server.top_logprobs=12", prompts=2)
         assert found["probe"][0] == "failed" and "greater than max allowed: 10" in found["probe"][1]
@@ -131,3 +132,23 @@ def test_the_exit_code_says_whether_it_can_run():
     too_long = ["--set", "evaluation.max_tokens=600"]
     bad = CliRunner().invoke(app, ["doctor", str(RECIPE), *settings, *too_long, "--prompts", "0"])
     assert bad.exit_code == 1 and "FAILED positions" in bad.output
+
+
+@pytest.mark.parametrize(
+    ("settings", "subject"),
+    [
+        (["model.teacher_model_server_url"], "teacher's servers"),
+        (["rollout.use_vllm=true", "rollout.vllm_server_url"], "student's servers"),
+    ],
+)
+def test_a_server_that_is_not_there_fails_without_the_recipes_patience(monkeypatch, settings, subject):
+    """The recipe would wait for 100,000 seconds; the test ends long before."""
+    monkeypatch.setattr(doctor, "SERVER_SECONDS", 0.5)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        *more, url = settings
+        patience = ["model.teacher_server.deadline=1e5", "rollout.vllm_server.deadline=1e5"]
+        found = findings(*more, f"{url}={address}", *patience, prompts=2)
+    assert found[subject][0] == "failed" and "connection refused" in found[subject][1]
+    assert found["probe"][0] == "skipped"

@@ -18,7 +18,8 @@ from prune_opd.errors import ConfigError, EngineError, ModelError, ServerError
 from prune_opd.models.loading import load_tokenizer, resolve_model
 from prune_opd.rollout.base import rollout_uniforms
 from prune_opd.rollout.served import ServedSampler, parse_tokens
-from prune_opd.serving.client import BadAnswer, Servers
+from prune_opd.serving.client import Servers
+from prune_opd.serving.exchange import BadAnswer
 from prune_opd.training.trainer import Trainer
 from tests.families import EOS, PAD, VOCAB, tiny_model, tiny_prompts
 from tests.openai_server import serving
@@ -319,12 +320,12 @@ def test_only_whole_answers_are_taken(tokens, change):
     """Token 0 ends a response."""
     count = len(tokens) if 0 not in tokens else 6
     tokens = tokens[: tokens.index(0) + 1] if 0 in tokens else tokens
-    scores = [{f"token_id:{v}": -1.0 - v for v in {t, 1, 2}} for t in tokens]
+    scores = [{f"token_id:{v}": -0.5 - v for v in {t, 1, 2}} for t in tokens]
     choice = {"token_ids": list(tokens), "prompt_token_ids": [7], "logprobs": {"top_logprobs": scores}}
     match change:
         case "longer":
             choice["token_ids"].append(1)
-            scores.append({"token_id:1": -1.0, "token_id:2": -2.0})
+            scores.append({"token_id:1": -0.5, "token_id:2": -1.5})
         case "shorter":
             choice["token_ids"].pop()
             scores.pop()
@@ -337,7 +338,7 @@ def test_only_whole_answers_are_taken(tokens, change):
         found = parse_tokens({"choices": [choice]}, [7], count, [0], top_k=2, vocab_size=9)
         assert found.tokens == tokens and len(found.ids) == len(found.logprobs) == 3 * len(tokens)
         for i, token in enumerate(tokens):
-            assert found.ids[3 * i] == token and found.logprobs[3 * i] == -1.0 - token
+            assert found.ids[3 * i] == token and found.logprobs[3 * i] == -0.5 - token
             assert found.logprobs[3 * i + 1 : 3 * i + 3] == sorted(scores[i].values(), reverse=True)[:2]
     else:
         with pytest.raises(BadAnswer):

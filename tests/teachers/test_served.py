@@ -13,7 +13,8 @@ from prune_opd.errors import ModelError, ServerError, TokenizerError
 from prune_opd.rollout.base import rollout_uniforms
 from prune_opd.rollout.in_flight import InFlightStop
 from prune_opd.rollout.local import LocalSampler
-from prune_opd.serving.client import BadAnswer, Servers
+from prune_opd.serving.client import Servers
+from prune_opd.serving.exchange import BadAnswer
 from prune_opd.teachers.local import LocalTeacher
 from prune_opd.teachers.served import GROWTH, ServedTeacher, parse_scores
 from prune_opd.timing import Stopwatch

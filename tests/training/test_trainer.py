@@ -22,6 +22,7 @@ from prune_opd.errors import (
     TokenizerError,
 )
 from prune_opd.evaluation.graders import grade
+from prune_opd.models import loading as models
 from prune_opd.models.loading import resolve_model
 from prune_opd.reporting.run_logs import bytes_of_text
 from prune_opd.training.trainer import Trainer
@@ -275,3 +276,25 @@ def test_an_unknown_reward_function_is_found_before_the_first_step(tmp_path):
     with pytest.raises(ConfigError, match="module nowhere cannot be imported"):
         run(tmp_path / "run", "reward.function=nowhere:f")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (["3", "", "  "], r"rows.jsonl:2: no gold answer.*\(column 'answer' is empty\); 2 of 3 prompts have none"),
+        (["3", None], r"rows.jsonl:2.*\(column 'answer' holds null\); 1 of 2"),
+        ([["3"], ["4"]], r"rows.jsonl:1.*\(column 'answer' holds a list\); 2 of 2"),
+        ([{"x": 1}], r"rows.jsonl:1.*\(column 'answer' holds an object\)"),
+    ],
+)
+@pytest.mark.parametrize("use", ["reward", "evaluation"])
+def test_a_wrong_gold_column_is_named_before_a_model_is_loaded(tmp_path, monkeypatch, rows, words, use):
+    monkeypatch.setattr(models, "load_student", lambda *_: pytest.fail("a model was loaded"))
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"prompt": "Q a 1 b 2 :", "answer": answer}) + "\n" for answer in rows))
+    settings = {
+        "reward": [f"data.train={data}", "reward.function=grade"],
+        "evaluation": [f"evaluation.data={data}", "evaluation.num_problems=5"],
+    }
+    with pytest.raises(DataError, match=words):
+        run(tmp_path / "run", *settings[use])

@@ -13,6 +13,7 @@ from prune_opd.config import DataSection
 from prune_opd.data.prompts import load_prompts
 from prune_opd.data.source import TASK_PREFIX, held_out_prompts
 from prune_opd.errors import DataError
+from prune_opd.evaluation.graders import check_gradable
 from prune_opd.evaluation.gym import GYM_PREFIX
 from prune_opd.types import Prompt
 
@@ -98,6 +99,7 @@ def load_benchmark(
             f"{local or benchmark.hub_id}: {len(prompts)} problems, but {name} has {benchmark.problems}; it is another "
             "variant, or a part. Give its path instead of the name to evaluate it as it is"
         )
+    check_gradable(prompts[:num_problems], "an evaluation", f"give another file than {local or benchmark.hub_id}")
     return prompts[:num_problems]
 
 

@@ -61,11 +61,12 @@ def load_prompts(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> Promp
 
     Raises DataError, or MissingColumnError, that names the file and line or row.
     """
-    texts, answers, sources = [], [], []
+    texts, answers, lacks, sources = [], [], [], []
     for where, row in _rows(data.train, data.split):
         name, prompt = _prompt(where, row, data.prompt_column)
         texts.append(render(f"{where}, column {name!r}", prompt, tokenizer, data))
         answers.append(_answer(where, row, data.answer_column))
+        lacks.append("" if answers[-1] else _lack(row, data.answer_column))
         sources.append(where)
     if not texts:
         raise DataError(f"{data.train}: there is no row in it; expected one prompt a row")
@@ -80,7 +81,9 @@ def load_prompts(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> Promp
         if not ids:
             raise DataError(f"{sources[i]}: the tokenizer makes no token of this prompt; remove the row")
     prompts = tuple(
-        Prompt(texts[i], tuple(ids), answers[i], sources[i]) for i, ids in tokens.items() if len(ids) <= longest
+        Prompt(texts[i], tuple(ids), answers[i], sources[i], lack=lacks[i])
+        for i, ids in tokens.items()
+        if len(ids) <= longest
     )
     if not prompts:
         shortest = min(map(len, tokens.values()), default=min(map(len, texts)) * longest // most)
@@ -256,13 +259,23 @@ def _answer(where: str, row: Mapping[str, Any], column: str | None) -> str | Non
             )
     else:
         value = next((v for v in (_lookup(row, name)[1] for name in ANSWER_COLUMNS) if _is_scalar(v)), None)
-    if value is None:
+    if value is None or value != value:  # NaN is what a data frame has where there is nothing
         return None
     text = str(value).strip()
     _check_characters(f"{where}, the gold answer", text)
     if worked := re.search(r"####[ \t]*(\S.*)\Z", text):
         return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", worked[1])
     return text or None
+
+
+def _lack(row: Mapping[str, Any], column: str | None) -> str:
+    """What stands where the gold answer should."""
+    for name in [column] if column else ANSWER_COLUMNS:
+        there, value = _lookup(row, name)
+        if there:
+            what = "empty" if isinstance(value, str) else "NaN" if isinstance(value, float) else _kind(value)
+            return f"column {name!r} holds {what}" if what != "empty" else f"column {name!r} is empty"
+    return f"no column {' or '.join(map(repr, ANSWER_COLUMNS))}"
 
 
 def _is_scalar(value: Any) -> bool:

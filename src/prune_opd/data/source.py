@@ -15,7 +15,7 @@ from prune_opd.data.prompts import load_prompts, render, tokenize
 from prune_opd.data.tasks import Split, problems
 from prune_opd.data.worked import WORKED_TASKS, worked_problems
 from prune_opd.errors import ConfigError, DataError
-from prune_opd.evaluation.graders import grade_gym
+from prune_opd.evaluation.graders import check_gradable, grade_gym
 from prune_opd.evaluation.gym import GYM_PREFIX, HELD_OUT_SEEDS, gym_problem, training_seeds
 from prune_opd.types import Prompt
 
@@ -40,12 +40,7 @@ class DatasetSource:
 
     def check_gradable(self) -> None:
         """DataError where a prompt has nothing to grade against. Call it before the first step, to lose no run."""
-        ungraded = next((p for p in self.prompts if not p.is_gradable), None)
-        if ungraded is not None:
-            raise DataError(
-                f"{ungraded.source}: no gold answer, which reward.function = 'grade' needs; name the column with "
-                "data.answer_column, remove the row, or name a reward function of your own"
-            )
+        check_gradable(self.prompts, "reward.function = 'grade'", "name a reward function of your own")
 
     def batch(self, step: int, count: int) -> Sequence[Prompt]:
         """See `PromptSource.batch`; a step may straddle two epochs."""
@@ -179,6 +174,7 @@ def held_out_prompts(
     """The first `count` validation problems of `source`; the same ones for every seed and arm.
 
     data: how they are read and rendered; its `train` is not used, and its `split` only where `split` is None.
+    DataError where one has nothing to grade against.
     """
     data = data.model_copy(update={"train": source, "split": split or data.split})
     if source.startswith(TASK_PREFIX):
@@ -186,7 +182,9 @@ def held_out_prompts(
         return task_prompts(source, "held_out", data, tokenizer, seed=0, count=count)
     if source.startswith(GYM_PREFIX):
         return gym_prompts(data, tokenizer, seeds=range(HELD_OUT_SEEDS), count=count)
-    return load_prompts(data, tokenizer).prompts[:count]
+    found = load_prompts(data, tokenizer).prompts[:count]
+    check_gradable(found, "an evaluation", "unset evaluation.data")
+    return found
 
 
 def _check_task(name: str, setting: str) -> None:

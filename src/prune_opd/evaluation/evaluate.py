@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from prune_opd.config import EvaluationSection
 from prune_opd.distributed.world import ALONE, World
 from prune_opd.errors import DataError
-from prune_opd.evaluation.graders import is_right
+from prune_opd.evaluation.graders import are_right, check_gradable
 from prune_opd.rollout.base import Sampler, rollout_uniforms
 from prune_opd.types import Prompt, Rollouts
 
@@ -25,7 +25,7 @@ EVALUATION_STREAM = 1  # training samples from stream 0, so the two never share 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What k answers to each problem came to; intervals are 95% bootstrap intervals over problems.
+    """What k answers to each problem came to; intervals are 95% intervals over problems, see `ci95`.
 
     accuracy: Avg@k, the mean over problems of the share of right answers (per_problem), in [0, 1] · pass_at_k: for 1,
     2, 4 ... and k, the unbiased chance that one of so many answers is right · mean_length: tokens of an answer ·
@@ -65,13 +65,9 @@ def evaluate(
     it is graded. Ranks share the problems and know the whole result; on_progress and responses_path see a rank's own.
     DataError when a prompt has nothing to grade against.
     """
-    ungraded = next((p for p in prompts if not p.is_gradable), None)
-    if ungraded is not None or not prompts:
-        where = ungraded.source if ungraded else "no problem to evaluate"
-        raise DataError(
-            f"{where}: expected problems with a gold answer; name its column with data.answer_column, "
-            "or unset evaluation.data"
-        )
+    if not prompts:
+        raise DataError("no problem to evaluate; name some with evaluation.data")
+    check_gradable(prompts, "an evaluation", "unset evaluation.data")
     began, sample_seconds = time.perf_counter(), 0.0
     k, at_once = settings.k, problems_at_once or len(prompts)
     right, lengths, finished = np.zeros((3, len(prompts), k), dtype=int)
@@ -92,9 +88,11 @@ def evaluate(
             lengths[batch] = rollouts.lengths.reshape(-1, k).cpu()
             finished[batch] = rollouts.finished.reshape(-1, k).cpu()
             sample_seconds += time.perf_counter() - sampling_began
-            for number, text in zip(numbers, response_texts(rollouts, tokenizer), strict=True):
+            texts = list(response_texts(rollouts, tokenizer))
+            verdicts = are_right([prompts[number // k] for number in numbers], texts)
+            for number, text, verdict in zip(numbers, texts, verdicts, strict=True):
                 problem, sample = divmod(number, k)
-                right[problem, sample] = is_right(prompts[problem], text)
+                right[problem, sample] = verdict
                 if file:
                     record = {
                         "problem": problem,
@@ -120,10 +118,10 @@ def _summary(right: np.ndarray, lengths: np.ndarray, finished: np.ndarray, **sec
     chances = {j: [pass_at_k(k, int(count), j) for count in right.sum(axis=1)] for j in ks}
     return Evaluation(
         accuracy=float(per_problem.mean()),
-        ci95=bootstrap_ci95(per_problem),
+        ci95=ci95(per_problem),
         per_problem=per_problem.tolist(),
         pass_at_k={j: float(np.mean(values)) for j, values in chances.items()},
-        pass_at_k_ci95={j: bootstrap_ci95(values) for j, values in chances.items()},
+        pass_at_k_ci95={j: ci95(values) for j, values in chances.items()},
         mean_length=float(lengths.mean()),
         eos_rate=float(finished.mean()),
         tokens=int(lengths.sum()),
@@ -139,9 +137,19 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def bootstrap_ci95(per_problem: Sequence[float] | np.ndarray, *, resamples: int = 2000) -> tuple[float, float]:
-    """95% interval of the mean by resampling problems, which are what a benchmark has few of."""
+def ci95(
+    per_problem: Sequence[float] | np.ndarray, *, least: float = 0.0, most: float = 1.0, resamples: int = 2000
+) -> tuple[float, float]:
+    """95% interval of the mean of scores in [least, most], by resampling problems, which a benchmark has few of.
+
+    Where all scores are the same, resampling would give an interval without width. Then it is exact instead: at most a
+    share b = 1 - 0.025^(1/n) of all problems scores otherwise (Clopper and Pearson, Biometrika 26, 1934, for 0 of n),
+    and those may score anything. So 0 of 8 problems right is 0 to 36.9%.
+    """
     scores = np.asarray(per_problem, dtype=float)
+    if np.ptp(scores) < 1e-12:  # means of the same numbers in another order
+        b, score = 1 - 0.025 ** (1 / len(scores)), float(scores[0])
+        return (1 - b) * score + b * least, (1 - b) * score + b * most
     draws = np.random.default_rng(0).integers(len(scores), size=(resamples, len(scores)))
     low, high = np.quantile(scores[draws].mean(axis=1), [0.025, 0.975])
     return float(low), float(high)

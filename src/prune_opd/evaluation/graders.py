@@ -4,11 +4,11 @@ Only a stated answer counts. In this order: the last `\\boxed{...}`, the last `#
 `Answer: ...` (what the DAPO prompts ask for). A response that states none is wrong. The last stray number of a rambling
 text will not do: it is right by chance so often that it blurs a comparison of two models.
 
-Plain numbers and equal strings are compared here. The rest goes to math-verify, which parses LaTeX into SymPy. Some
-answers (9^{9^{9^9}}) keep SymPy busy for ever or until memory is gone. So it runs in a process of its own, with limited
-memory and processor time. The kernel counts the processor's seconds and ends that process, even in the middle of a
-product of huge numbers; a limit in seconds of the clock would call right answers wrong on a busy machine. The verifiers
-of reasoning-gym run in another such process.
+Words, quantities, choices and dates are compared in `forms.py`. Mathematics goes to math-verify, which parses LaTeX
+into SymPy. Some answers (9^{9^{9^9}}) keep SymPy busy for ever or until memory is gone. So it runs in a process of
+its own, with limited memory and processor time. The kernel counts the processor's seconds and ends that process, even
+in the middle of a product of huge numbers; a limit in seconds of the clock would call right answers wrong on a busy
+machine. The verifiers of reasoning-gym run in another such process.
 
 This file is the program of those processes too, so importing it must not import torch.
 """
@@ -25,11 +25,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from decimal import Decimal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from prune_opd.errors import DataError
+from prune_opd.evaluation.forms import equal
 
 if TYPE_CHECKING:
     from prune_opd.types import Prompt
@@ -38,8 +39,10 @@ logger = logging.getLogger(__name__)
 
 MAX_ANSWER_CHARS = 1000  # the longest gold of MATH-500 has 53
 MAX_GYM_ANSWER_CHARS = 10_000  # lists of moves are long: 2,015 characters for a tower of Hanoi
-VERIFY_SECONDS = 3.0  # of the processor: ordinary answers take 1-300 ms; with a new process after a hang, under 5 s
+VERIFY_SECONDS = 1.0  # of the processor: ordinary answers take 1-300 ms; a new worker after a hang is a fork of 10 ms
 GYM_VERIFY_SECONDS = 10.0  # making a problem of knight_swap again takes 2 s
+AT_ONCE = min(4, os.cpu_count() or 1)  # answers that are graded side by side, each by a process of 150 MB
+TOO_LATE, DIED = "too late", "died"  # what a worker's end means
 WALL_FACTOR = 20  # so much longer by the clock before a process that does nothing is killed, too
 START_SECONDS = 600.0  # importing SymPy takes a second, or minutes from a cold network disk or on a crowded machine
 VERIFIER_BYTES = 4 * 2**30
@@ -50,9 +53,7 @@ FORBIDDEN_EVENTS = ("open", "os.", "time.sleep", "shutil.", "subprocess.", "sock
 _BRACES = re.compile(r"(?P<box>(?<!\\)\\++boxed\s*+\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
 _HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*(\S.*)")
 _ANSWER_LINE = re.compile(r"(?im)^[ \t*_]*+(?:final[ \t]+)?answer[ \t*_]*+:[ \t*_]*+(\S.*)$")
-_NUMBER = re.compile(r"[-+]?(?:(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.[0-9]*)?|\.[0-9]+)")
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf)|mbox)\s*\{([^{}]*)\}")
-_WORDS = re.compile(r"[a-z][a-z '-]*")
 
 
 def is_right(prompt: Prompt, response: str) -> bool:
@@ -64,27 +65,37 @@ def is_right(prompt: Prompt, response: str) -> bool:
     return grade(response, prompt.answer)
 
 
-def grade(response: str, gold: str) -> bool:
-    """Whether `response` states an answer equal to `gold`, a number or LaTeX, bare or in \\boxed{}.
+def are_right(prompts: Sequence[Prompt], responses: Sequence[str]) -> Iterator[bool]:
+    """`is_right` of each pair, in their order and as soon as it is known; several are graded side by side."""
+    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="prune-opd-grader") as pool:
+        yield from pool.map(is_right, prompts, responses)
 
-    Equal means equal to math-verify: forms (1/2, 0.5, \\frac12), units, percent signs, bases (52_8) and variable names
-    in front (x = 5) do not matter. No text makes it raise. An answer is wrong that cannot be parsed, or on which
-    math-verify dies or takes more than `VERIFY_SECONDS` of the processor; the first death and the first such delay are
-    logged. RuntimeError if math-verify does not start at all.
+
+def check_gradable(prompts: Sequence[Prompt], needed_by: str, otherwise: str) -> None:
+    """DataError where a prompt has nothing to grade against; names the first, what stands there, and how many."""
+    lacking = [prompt for prompt in prompts if not prompt.is_gradable]
+    if lacking:
+        what = f" ({lacking[0].lack})" if lacking[0].lack else ""
+        raise DataError(
+            f"{lacking[0].source}: no gold answer, which {needed_by} needs{what}; {len(lacking)} of {len(prompts)} "
+            "prompts have none. Name the column with data.answer_column (text or numbers, one answer a row), remove "
+            f"these rows, or {otherwise}"
+        )
+
+
+def grade(response: str, gold: str) -> bool:
+    """Whether `response` states an answer equal to `gold`: a number, LaTeX, words, a choice, bare or in \\boxed{}.
+
+    Words are equal but for capitals, spaces, articles and a full stop, quantities by value (and by unit where both have
+    one), choices by letter, mathematics to math-verify: forms (1/2, 0.5, \\frac12), percent signs, bases (52_8) and
+    variable names in front (x = 5) do not matter. No text makes it raise. An answer is wrong that cannot be parsed, or
+    on which math-verify dies or takes more than `VERIFY_SECONDS` of the processor; the first death and the first such
+    delay are logged. RuntimeError if math-verify does not start at all.
     """
     answer = extract_answer(response)
     if answer is None or len(answer) > MAX_ANSWER_CHARS:
         return False
-    answer, gold = _tidy(answer), _tidy(extract_answer(gold) or gold)
-    if not answer or not gold:
-        return False
-    if _compact(answer) == _compact(gold):
-        return True
-    if _NUMBER.fullmatch(answer) and _NUMBER.fullmatch(gold):
-        return Decimal(answer.replace(",", "")) == Decimal(gold.replace(",", ""))
-    if _TEXT.search(gold) and _WORDS.fullmatch(_words(gold)):
-        return _words(answer) == _words(gold)  # SymPy would read a word as a product of its letters
-    return _verifier(os.getpid()).holds(gold, answer)
+    return equal(answer, extract_answer(gold) or gold, functools.partial(_holds, "math_verify"))
 
 
 def grade_gym(response: str, *, task: str, seed: int) -> bool:
@@ -105,7 +116,7 @@ def grade_gym(response: str, *, task: str, seed: int) -> bool:
     if len(answer) > MAX_GYM_ANSWER_CHARS:
         return False
     answer = _TEXT.sub(r"\1", answer).strip()
-    return bool(answer) and _verifier(os.getpid(), "reasoning_gym").holds(task, seed, answer)
+    return bool(answer) and _holds("reasoning_gym", task, seed, answer)
 
 
 def extract_answer(response: str) -> str | None:
@@ -141,21 +152,6 @@ def _last_tag(text: str) -> str | None:
     return next((parts[0].strip() for parts in closed if len(parts) == 2), None)
 
 
-def _tidy(answer: str) -> str:
-    """Without dollar signs, math delimiters, a final full stop, and spacing inside numbers."""
-    answer = re.sub(r"\\!\s*|(?<!\\)\\[$()\[\]]|\$", "", answer).replace("{,}", ",").replace("−", "-")
-    return " ".join(answer.split()).rstrip(". ")
-
-
-def _compact(answer: str) -> str:
-    """Without spaces, except between digits: 1 1/2 is not 11/2."""
-    return re.sub(r"(?<![0-9]) | (?![0-9])", "", answer)
-
-
-def _words(answer: str) -> str:
-    return _TEXT.sub(r"\1", answer).strip(" ().").casefold()
-
-
 class _Verifier:
     """math-verify or reasoning_gym in a process of its own, started when first needed and again after it was killed."""
 
@@ -166,21 +162,23 @@ class _Verifier:
         self.logged: set[str] = set()
 
     def holds(self, *question: str | int) -> bool:
-        """What the process answers to [gold, answer] or [task, seed, answer]."""
+        """What the process answers to [gold, answer] or [task, seed, answer]. The caller has the lock."""
         seconds = VERIFY_SECONDS if self.package == "math_verify" else GYM_VERIFY_SECONDS
-        with self.lock:
-            process, self.process = self.process, None
-            if process is None or process.poll() is not None:
-                process = _start(self.package)
-            request = json.dumps([seconds, *question]) + "\n"
-            reply, timed_out = _exchange(process, request, WALL_FACTOR * seconds)
-            if reply and not timed_out:
-                self.process = process  # only now: after Ctrl-C, its reply would be taken for the next one's
-            else:
-                _stop(process)
-                timed_out |= process.returncode == -getattr(signal, "SIGPROF", 0)
-                self._log(f"took over {seconds:g} s" if timed_out else "died", question[-1])
-            return reply == "true\n"
+        process, self.process = self.process, None
+        if process is None or process.poll() is not None:
+            process = _start(self.package)
+        request = json.dumps([seconds, *question]) + "\n"
+        line, timed_out = _exchange(process, request, WALL_FACTOR * seconds)
+        reply = json.loads(line) if line.endswith("\n") and not timed_out else None
+        if reply is not None:
+            self.process = process  # only now: after Ctrl-C, its reply would be taken for the next one's
+        else:
+            _stop(process)
+            timed_out |= process.returncode == -getattr(signal, "SIGPROF", 0)
+        if not isinstance(reply, bool):
+            late = timed_out or reply == TOO_LATE
+            self._log(f"took over {seconds:g} s" if late else "died", question[-1])
+        return reply is True
 
     def _log(self, failure: str, answer: str | int) -> None:
         if failure not in self.logged:
@@ -188,9 +186,22 @@ class _Verifier:
             logger.warning("grading %.80r %s: counted as wrong, as will others be, silently", answer, failure)
 
 
+def _holds(package: str, *question: str | int) -> bool:
+    """Ask the first verifier that is free, so that one process does where one answer is graded at a time."""
+    verifiers = [_verifier(os.getpid(), package, number) for number in range(AT_ONCE)]
+    free = next((verifier for verifier in verifiers if verifier.lock.acquire(blocking=False)), None)
+    if free is None:
+        free = verifiers[0]
+        free.lock.acquire()
+    try:
+        return free.holds(*question)
+    finally:
+        free.lock.release()
+
+
 @functools.cache
-def _verifier(pid: int, package: str = "math_verify") -> _Verifier:
-    """One for each process: a forked child must not share its parent's pipes."""
+def _verifier(pid: int, package: str, number: int) -> _Verifier:
+    """So many for each process: a forked child must not share its parent's pipes."""
     return _Verifier(package)
 
 
@@ -201,6 +212,7 @@ def _start(package: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # each of its threads takes address space, which is limited
+        start_new_session=True,  # so that it can be killed with its worker
     )
     if _exchange(process, "", START_SECONDS)[0] != "ready\n":
         _stop(process)
@@ -211,8 +223,16 @@ def _start(package: str) -> subprocess.Popen[str]:
     return process
 
 
-def _stop(process: subprocess.Popen[str]) -> None:
+def _kill(process: subprocess.Popen[str]) -> None:
+    """With its worker, which is of its session."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
     process.kill()
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    _kill(process)
     with contextlib.suppress(OSError):  # what it did not read is still to be flushed
         process.communicate()
 
@@ -224,7 +244,7 @@ def _exchange(process: subprocess.Popen[str], request: str, seconds: float) -> t
 
     def kill() -> None:
         late.set()
-        process.kill()
+        _kill(process)
 
     timer = threading.Timer(seconds, kill)
     timer.start()
@@ -239,7 +259,11 @@ def _exchange(process: subprocess.Popen[str], request: str, seconds: float) -> t
 
 
 def _serve(package: str) -> None:
-    """The other process: [processor seconds, *question] as a JSON line in, true or false a line out, to the end."""
+    """The other process: [processor seconds, *question] as a JSON line in, true or false a line out, to the end.
+
+    It imports the verifier, which takes seconds, and forks a worker that answers. Where a question ends the worker, it
+    answers with the reason and forks the next.
+    """
     replies, sys.stdout = sys.stdout, sys.stderr  # whatever a verifier prints is no reply
     verify: Callable[..., bool] = _math_verify() if package == "math_verify" else _reasoning_gym()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent; our input ends with it
@@ -249,12 +273,32 @@ def _serve(package: str) -> None:
 
         resource.setrlimit(resource.RLIMIT_AS, (VERIFIER_BYTES, VERIFIER_BYTES))
     print("ready", file=replies, flush=True)
-    for line in sys.stdin:
+    while hasattr(os, "fork"):  # not on Windows, where a hang costs a new process
+        worker = os.fork()
+        if not worker:
+            break
+        _, status = os.waitpid(worker, 0)
+        if not os.WIFSIGNALED(status):
+            return  # the end of its input
+        late = os.WTERMSIG(status) == signal.SIGPROF
+        print(json.dumps(TOO_LATE if late else DIED), file=replies, flush=True)
+    while line := _line():
         seconds, *question = json.loads(line)
         _limit_processor(seconds)
         reply = json.dumps(verify(*question))
         _limit_processor(0)
         print(reply, file=replies, flush=True)
+
+
+def _line() -> bytes:
+    """The next line of the input, and no byte after it: the next worker must find what follows."""
+    line = b""
+    while not line.endswith(b"\n"):
+        part = os.read(0, 65536)  # the parent sends a question only after an answer, so there is never half another
+        if not part:
+            return b""
+        line += part
+    return line
 
 
 def _limit_processor(seconds: float) -> None:
@@ -271,6 +315,7 @@ def _math_verify() -> Callable[[str, str], bool]:
 
     # No plain-expression extraction: it would take a number out of the middle of any text.
     latex = [math_verify.LatexExtractionConfig()]
+    math_verify.verify(math_verify.parse(r"$\frac{1}{2}$", latex), math_verify.parse("$0.5$", latex))  # fills caches
 
     def verify(gold: str, answer: str) -> bool:
         texts = (f"${text}$" for text in (gold, answer))

@@ -6,6 +6,7 @@ how well the pair agrees, whether the threshold is too high, and how many tokens
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from prune_opd.models.loading import read_model_config
 from prune_opd.preflight.memory import estimate_memory, memory_rows, size_text
 from prune_opd.rewards import GRADE, load_reward
 from prune_opd.rollout.events import drift_events
+from prune_opd.serving.client import Servers
 from prune_opd.teachers.local import LocalTeacher
 from prune_opd.teachers.served import ServedTeacher
 from prune_opd.training.build import build_sampler, build_teacher
@@ -39,6 +41,7 @@ from prune_opd.training.calibration import (
 from prune_opd.types import Prompt
 
 T = TypeVar("T")
+Whose = Literal["teacher", "student"]
 Status = Literal["ok", "warning", "failed", "skipped"]
 Tokenizers = tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]
 
@@ -53,6 +56,8 @@ class Finding:
 
 
 Tell = Callable[[str, Status, str], None]
+
+SERVER_SECONDS = 5.0  # in which the servers of teacher and student each must answer
 
 
 def examine(config: Config, *, probe_prompts: int, tell: Callable[[Finding], None]) -> bool:
@@ -83,6 +88,7 @@ def examine(config: Config, *, probe_prompts: int, tell: Callable[[Finding], Non
     prompts = attempt("prompts", _prompts, tokenizers)
     attempt("reward", _reward)
     fits = [attempt("positions", _positions), attempt("memory", _memory)]
+    fits += [attempt(f"{whose}'s servers", functools.partial(_servers, whose)) for whose in _served(config)]
     if probe_prompts and all(fits):
         attempt("probe", _probe, tokenizers, prompts and prompts[:probe_prompts])
     elif probe_prompts:
@@ -189,6 +195,32 @@ def _positions(config: Config, say: Tell) -> bool:
     return True
 
 
+def _served(config: Config) -> list[Whose]:
+    served: dict[Whose, Any] = {
+        "teacher": config.model.teacher_model_server_url,
+        "student": config.rollout.vllm_server_url if config.rollout.use_vllm else None,
+    }
+    return [whose for whose, urls in served.items() if urls is not None]
+
+
+def _servers(whose: Whose, config: Config, say: Tell) -> bool:
+    """Ask each server what it serves, for a few seconds: a run would wait for it much longer."""
+    longest = config.data.max_prompt_length + config.rollout.max_completion_length
+    if whose == "teacher":
+        urls, name, setting = config.model.teacher_model_server_url, config.model.teacher_server.model, "model.teacher"
+    else:
+        urls, name, setting = config.rollout.vllm_server_url, config.rollout.vllm_server.model, "rollout.vllm"
+    assert urls is not None
+    servers = Servers([urls] if isinstance(urls, str) else urls, timeout=SERVER_SECONDS, deadline=SERVER_SECONDS)
+    try:
+        model = name or _names(config)[whose == "teacher"]
+        servers.check_model(model, longest + (whose == "teacher"), whose=whose, setting=f"{setting}_server.model")
+    finally:
+        servers.close()
+    say(f"{whose}'s servers", "ok", f"{len(servers.replicas)} answer, and serve {model!r} with {longest} positions")
+    return True
+
+
 def _memory(config: Config, say: Tell) -> bool | None:
     memory, device = estimate_memory(config), models.resolve_device(config.training.device)
     parts = ", ".join(f"{name} {text}" for name, text in memory_rows(config, memory) if name != "peak")
@@ -236,7 +268,7 @@ def _probe(config: Config, tokenizers: Tokenizers, prompts: Sequence[Prompt], sa
     config = with_settings(config, **{"model.compile": False})  # would take minutes, for a few responses
     teacher, vocab_size = build_teacher(config, student, tokenizers[0], None, device=device)
     if isinstance(teacher, ServedTeacher):
-        say("teacher's servers", "ok", f"model, tokens and {teacher.top_logprobs} candidates a token are as expected")
+        say("teacher's answers", "ok", f"model, tokens and {teacher.top_logprobs} candidates a token are as expected")
     width = config.data.max_prompt_length + config.longest_response
     sampler = build_sampler(config, student, tokenizers[0], vocab_size=vocab_size, max_model_len=width)
     by_student = student_written(config, token_ids, sampler, teacher)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from prune_opd.evaluation.evaluate import bootstrap_ci95
+from prune_opd.evaluation.evaluate import ci95
 
 QUANTITIES = ("train_seconds", "eval_seconds", "student_tokens", "teacher_tokens")
 # 97.5% quantiles of Student's t for 1, 2, 3, ... degrees of freedom; 1.96 beyond.
@@ -32,7 +32,7 @@ def evaluation_curve(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def summary(accuracies: Sequence[float], per_problem: Sequence[Sequence[float]]) -> dict[str, Any]:
     """Mean and deviation of an accuracy over seeds. Its interval resamples problems, each averaged over seeds."""
-    return spread(accuracies) | {"ci95": bootstrap_ci95(np.mean(per_problem, axis=0))}
+    return spread(accuracies) | {"ci95": ci95(np.mean(per_problem, axis=0))}
 
 
 def difference(
@@ -50,7 +50,7 @@ def difference(
         return {}
     found = {name: spread([a[name] - b[name] for a, b in pairs]) for name in ("accuracy", *quantities)}
     by_problem = np.mean([np.subtract(a["per_problem"], b["per_problem"]) for a, b in pairs], axis=0)
-    found["accuracy"]["ci95_problems"] = bootstrap_ci95(by_problem)
+    found["accuracy"]["ci95_problems"] = ci95(by_problem, least=-1.0)
     return found
 
 

@@ -25,7 +25,6 @@ An incomplete answer is refused as a whole: see `parse_tokens`.
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 import uuid
@@ -44,10 +43,18 @@ from prune_opd.errors import EngineError, PruneOPDError, ServerError
 from prune_opd.rollout.base import SamplingParams, Watcher
 from prune_opd.rollout.transcript import Tokens, Transcript
 from prune_opd.rollout.weights import EngineSampler, probe_logprobs, served_weights
-from prune_opd.serving.client import BadAnswer, Replica, Servers, only_choice
+from prune_opd.serving.answers import (
+    TOKEN,
+    answer_bytes,
+    check_mass,
+    distribution,
+    logprob,
+    only_choice,
+    token_ids,
+)
+from prune_opd.serving.client import Replica, Servers
+from prune_opd.serving.exchange import BadAnswer
 from prune_opd.serving.probe import probe_ids
-
-TOKEN = "token_id:"  # how a server writes a token's id where OpenAI's format has its text
 
 
 class ServedSampler(EngineSampler):
@@ -125,6 +132,7 @@ class ServedSampler(EngineSampler):
                 lambda answer: parse_tokens(
                     answer, prompt, count, self.eos_ids, top_k=top_k, vocab_size=self.vocab_size
                 ),
+                most=answer_bytes(len(prompt) + count, top_k),
             )
 
         waiting, running = deque(range(len(prompts))), set[int]()
@@ -210,12 +218,14 @@ class ServedSampler(EngineSampler):
         """Mean |log p_server - log p_trainer| over a fixed sequence, in nats."""
         ids = probe_ids(self.vocab_size)
         body = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-        answer = self.servers.ask(replica, "POST", "/v1/completions", body)
-        try:
-            scores = answer["choices"][0]["prompt_logprobs"]
-            found = [scores[i][str(ids[i])]["logprob"] for i in range(1, len(ids))]
-        except (KeyError, TypeError, IndexError):
-            raise BadAnswer("the answer has no scores of the probe") from None
+        answer = self.servers.ask(replica, "POST", "/v1/completions", body, most=answer_bytes(len(ids)))
+        scores = only_choice(answer).get("prompt_logprobs")
+        if not isinstance(scores, list) or len(scores) != len(ids):
+            raise BadAnswer("the answer has no scores of the probe")
+        found = []
+        for token, entry in zip(ids[1:], scores[1:], strict=True):
+            own = entry.get(str(token)) if isinstance(entry, dict) else None
+            found.append(logprob(own.get("logprob") if isinstance(own, dict) else None, "the scores of the probe"))
         return (torch.tensor(found, dtype=torch.float64) - self.probed).abs().mean().item()
 
     def _hand_over_to_all(self) -> None:
@@ -235,35 +245,35 @@ def parse_tokens(
     """Parse a completion: at most `count` tokens after `prompt`, each with its `top_k` likeliest.
 
     Raises BadAnswer unless the prompt is the one that was sent, the response ends after `count` tokens or with the
-    first of `eos_ids`, and each token has `top_k` candidates with finite log-probabilities.
+    first of `eos_ids`, and each token has `top_k` candidates of the vocabulary, with log-probabilities of one
+    distribution that float32 can hold.
     """
     choice = only_choice(answer)
-    tokens = choice.get("token_ids")
-    if not isinstance(tokens, list) or not all(isinstance(t, int) and 0 <= t < vocab_size for t in tokens):
-        raise BadAnswer(f"expected token ids below {vocab_size}, got none or others")
+    tokens = token_ids(choice.get("token_ids"), vocab_size)
     if choice.get("prompt_token_ids") != list(prompt):
         raise BadAnswer("the answer is to other token ids than were sent")
     end = next((i + 1 for i, token in enumerate(tokens) if token in eos_ids), count)
     if len(tokens) != end:
         raise BadAnswer(
             f"expected {count} tokens, or fewer up to one that ends a response; got {len(tokens)} "
-            f"(finish_reason {choice.get('finish_reason')!r})"
+            f"({'cut off' if choice.get('finish_reason') == 'length' else 'ended early'})"
         )
     if not top_k:
         return Tokens(tokens, [], [])
-    try:
-        listed = [
-            {int(key.removeprefix(TOKEN)): float(value) for key, value in entry.items()}
-            for entry in choice["logprobs"]["top_logprobs"]
-        ]
-        own = [float(entry[token]) for token, entry in zip(tokens, listed, strict=True)]
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise BadAnswer("the log-probabilities are malformed, or lack a sampled token") from None
+    said = choice.get("logprobs")
+    entries = said.get("top_logprobs") if isinstance(said, dict) else None
+    if not isinstance(entries, list) or len(entries) != len(tokens):
+        raise BadAnswer(f"expected candidates of {len(tokens)} tokens")
     ids, logprobs = [], []
-    for token, mine, entry in zip(tokens, own, listed, strict=True):
-        best = sorted(entry.items(), key=lambda item: -item[1])[:top_k]
-        if len(best) < top_k or not all(math.isfinite(value) and value <= 1e-3 for value in entry.values()):
-            raise BadAnswer(f"expected {top_k} finite log-probabilities at each position, got {len(best)} or others")
+    for position, (token, entry) in enumerate(zip(tokens, entries, strict=True)):
+        where = f"token {position}"
+        listed = distribution(entry, where, vocab_size, prefix=TOKEN)
+        if token not in listed:
+            raise BadAnswer(f"{where}: the candidates lack the token itself")
+        best = sorted(listed.items(), key=lambda item: -item[1])[:top_k]
+        if len(best) < top_k:
+            raise BadAnswer(f"{where}: expected {top_k} candidates, got {len(best)}")
+        check_mass(listed, best, vocab_size, where)
         ids += [token, *[key for key, _ in best]]
-        logprobs += [mine, *[value for _, value in best]]
+        logprobs += [listed[token], *[value for _, value in best]]
     return Tokens(tokens, ids, logprobs)

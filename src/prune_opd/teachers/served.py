@@ -33,7 +33,9 @@ from transformers import PreTrainedTokenizerBase
 from prune_opd.core.head import OutputHead
 from prune_opd.errors import ModelError, ServerError, TokenizerError
 from prune_opd.models.packing import Packed
-from prune_opd.serving.client import BadAnswer, Replica, Servers, only_choice
+from prune_opd.serving.answers import answer_bytes, check_mass, distribution, only_choice
+from prune_opd.serving.client import Replica, Servers
+from prune_opd.serving.exchange import BadAnswer
 from prune_opd.serving.probe import probe_ids
 from prune_opd.teachers.local import empty_scores
 from prune_opd.types import Rollouts, Span, TeacherScores, TopK
@@ -95,7 +97,10 @@ class ServedTeacher:
     def ask(self, token_ids: Sequence[int]) -> PromptScores:
         """The teacher's view of every token but the first of a sequence."""
         return self.servers.post(
-            "/v1/completions", self._request(token_ids), lambda answer: self._read(answer, token_ids)
+            "/v1/completions",
+            self._request(token_ids),
+            lambda answer: self._read(answer, token_ids),
+            most=answer_bytes(len(token_ids), self.top_logprobs),
         )
 
     # ---- requests and answers ----
@@ -113,7 +118,8 @@ class ServedTeacher:
     def _read(self, answer: Any, token_ids: Sequence[int]) -> PromptScores:
         choice = only_choice(answer)
         if answer.get("model") != self.model:
-            raise ServerError(f"an answer is of the model {answer.get('model')!r}, asked was {self.model!r}")
+            other = self.servers.key.quote(repr(answer.get("model")))
+            raise ServerError(f"an answer is of the model {other}, asked was {self.model!r}")
         return parse_scores(choice, token_ids, min(self.top_logprobs, self.vocab_size), self.vocab_size)
 
     # ---- who answers ----
@@ -128,10 +134,10 @@ class ServedTeacher:
             while high - low > 1:  # bisect, to name the token
                 middle = (low + high) // 2
                 low, high = (middle, high) if self._decodes_alike(replica, tokenizer, low, middle) else (low, middle)
-            theirs = self._decoded(replica, [low])
+            theirs = self.servers.key.quote(repr(self._decoded(replica, [low])))
             raise TokenizerError(
                 f"student and served teacher have different token maps: id {low} is {tokenizer.decode([low])!r} for "
-                f"the student and {theirs!r} at {replica.url}. Prune-OPD compares token ids: use a pair with the same "
+                f"the student and {theirs} at {replica.url}. Prune-OPD compares token ids: use a pair with the same "
                 "tokenizer, and start the server with that tokenizer"
             )
 
@@ -140,7 +146,8 @@ class ServedTeacher:
         return self._decoded(replica, ids) == tokenizer.decode(ids)
 
     def _decoded(self, replica: Replica, ids: list[int]) -> str:
-        answer = self.servers.ask(replica, "POST", "/detokenize", {"model": self.model, "tokens": ids})
+        body = {"model": self.model, "tokens": ids}
+        answer = self.servers.ask(replica, "POST", "/detokenize", body, most=answer_bytes(len(ids)))
         if not isinstance(answer, dict) or not isinstance(answer.get("prompt"), str):
             raise BadAnswer("/detokenize gave no text")
         return answer["prompt"]
@@ -148,7 +155,8 @@ class ServedTeacher:
     def _probe(self, replica: Replica) -> bool:
         """Score a fixed sequence and compare with what was seen first: another model behind the same name shows."""
         ids = probe_ids(self.vocab_size)
-        answer = self.servers.ask(replica, "POST", "/v1/completions", self._request(ids))
+        most = answer_bytes(len(ids), self.top_logprobs)
+        answer = self.servers.ask(replica, "POST", "/v1/completions", self._request(ids), most=most)
         found = self._read(answer, ids).sampled.tolist()
         if self.fingerprint is None:
             self.fingerprint = found
@@ -223,7 +231,9 @@ def parse_scores(choice: dict[str, Any], token_ids: Sequence[int], count: int, v
     """Take a completion's `prompt_logprobs` apart: the first None, then for each token {id: {"logprob": float}}.
 
     Raises BadAnswer unless there is an entry for each token sent, with the ids sent, each with the `count` most likely
-    tokens and the token itself, all of them finite log-probabilities of one distribution.
+    tokens and the token itself, all of them log-probabilities of one distribution that float32 can hold, and large
+    enough for the likeliest. An id from `vocab_size` on, a token that only the teacher has, is refused: without it,
+    what is left would not be the likeliest.
     """
     found = choice.get("prompt_logprobs")
     if not isinstance(found, list) or len(found) != len(token_ids):
@@ -234,19 +244,16 @@ def parse_scores(choice: dict[str, Any], token_ids: Sequence[int], count: int, v
         raise BadAnswer("the answer is of other token ids than were sent")
     ids, logprobs, sampled, unlisted, entropy = [], [], [], [], []
     for position, (token, entry) in enumerate(zip(token_ids[1:], found[1:], strict=True), start=1):
-        try:
-            listed = {int(key): float(value["logprob"]) for key, value in entry.items()}
-            sampled.append(listed[token])
-        except (AttributeError, KeyError, TypeError, ValueError):
-            raise BadAnswer(f"the scores at position {position} are malformed, or lack token {token} itself") from None
-        if not all(map(math.isfinite, listed.values())):
-            raise BadAnswer(f"the scores at position {position} are not finite")
-        mass = sum(map(math.exp, listed.values()))
-        if mass > 1 + 1e-3:
-            raise BadAnswer(f"the scores at position {position} are no log-probabilities: their mass is {mass:.4g}")
-        ranked = sorted((item for item in listed.items() if item[0] < vocab_size), key=lambda item: -item[1])
+        where = f"position {position}"
+        listed = distribution(entry, where, vocab_size)
+        if token not in listed:
+            raise BadAnswer(f"the scores at {where} lack token {token} itself")
+        sampled.append(listed[token])
+        mass = math.fsum(map(math.exp, listed.values()))
+        ranked = sorted(listed.items(), key=lambda item: -item[1])
         if len(ranked) < count:
-            raise BadAnswer(f"position {position} has scores of {len(ranked)} known ids, asked were {count}")
+            raise BadAnswer(f"{where} has scores of {len(ranked)} ids, asked were {count}")
+        check_mass(listed, ranked[:count], vocab_size, where)
         left, rest = max(1 - mass, ROUNDING), vocab_size - len(listed)
         share = math.log(left / rest) if rest > 0 else -math.inf
         unlisted.append(min(share, ranked[count - 1][1]))
