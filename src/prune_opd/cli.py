@@ -40,7 +40,7 @@ OutputDir = Annotated[Path | None, typer.Option(help="Run directory; must be new
     epilog="Examples:\n\n"
     "prune-opd train recipes/quickstart.toml\n\n"
     "prune-opd train recipes/quickstart.toml --set training.steps=10 --set pruning.threshold=0.7\n\n"
-    "prune-opd train recipes/paper/justrl-1.5b.toml --dry-run\n\n"
+    "prune-opd train recipes/paper/justrl-1.5b.toml --dry-run --gpus 8 --gpu-memory 80GB\n\n"
     "prune-opd train recipes/quickstart.toml --output-dir runs/mine --resume auto"
 )
 def train(
@@ -53,6 +53,11 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and the memory estimate; load no model.")
     ] = False,
+    gpus: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --dry-run: how many GPUs the run is meant for."),
+    ] = None,
+    gpu_memory: Annotated[str, typer.Option(help="With --gpus: the memory of each, as 80GB or 74.5GiB.")] = "80GB",
     push_to_hub: Annotated[
         str | None,
         typer.Option(metavar="REPO", help="Upload the final checkpoint there; REPO is made, private, if it is new."),
@@ -64,8 +69,10 @@ def train(
     config = load_config(recipe, set_ or ())
     if dry_run:
         from prune_opd.preflight.plan import describe_plan
+        from prune_opd.preflight.topology import GPUs, parse_memory
 
-        console.print(describe_plan(config), markup=False, highlight=False, soft_wrap=True)
+        meant_for = None if gpus is None else GPUs(gpus, parse_memory(gpu_memory))
+        console.print(describe_plan(config, meant_for), markup=False, highlight=False, soft_wrap=True)
         return
     from prune_opd.distributed.sharding import launched
     from prune_opd.reporting.report import write_report

@@ -2,19 +2,22 @@
 
 No weights are loaded and no network is used. transformers builds the network from the model's config.json, without
 memory behind it. The activations that its forward would keep are counted the same way. Where there is no config.json on
-this machine, the parameter count in the model's name (7B, 135M) has to do.
+this machine, architectures.toml has the shapes of known models; of others, the parameter count in the model's name (7B,
+135M) has to do.
 """
 
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from prune_opd.config import Config, ModelSection
 from prune_opd.core.head import CHUNK_BYTES
@@ -66,8 +69,8 @@ class Memory:
 def estimate_memory(config: Config) -> Memory:
     """Bytes by part, for one process on one device that holds the student and the teacher."""
     settings, training = config.model, config.training
-    student_config = read_model_config(settings.model_name_or_path, settings)
-    teacher_config = read_model_config(settings.teacher_model_name_or_path, settings)
+    student_config = model_shape(settings.model_name_or_path, settings)
+    teacher_config = model_shape(settings.teacher_model_name_or_path, settings)
     if student_config is None or teacher_config is None:
         return _memory_from_names(config, student_config, teacher_config)
 
@@ -77,9 +80,9 @@ def estimate_memory(config: Config) -> Memory:
         student = add_adapters(student, settings.lora)
     trained = _bytes(p for p in student.parameters() if p.requires_grad)
     rows, width, response = micro_batch_shape(config)
-    sampled_elsewhere = config.rollout.vllm_server_url is not None
+    sampled_elsewhere = config.rollout.use_vllm  # vLLM has caches of its own, here or on a server
     return Memory(
-        source="config.json of both models",
+        source="the shapes of both models",
         ahead=config.rollout.ahead,
         student=_bytes(student.parameters()),
         student_copy=_copy_bytes(config, student),
@@ -92,14 +95,26 @@ def estimate_memory(config: Config) -> Memory:
         logits=_logit_bytes(config, student_config),
         cache_training=0
         if sampled_elsewhere
-        else _cache_bytes(student_config, config.rollout.dtype or settings.dtype, rollouts_at_once(config), width),
-        cache_teacher=_cache_bytes(teacher_config, settings.teacher_dtype, config.rollout.slots, width)
+        else cache_bytes(student_config, config.rollout.dtype or settings.dtype, rollouts_at_once(config), width),
+        cache_teacher=cache_bytes(teacher_config, settings.teacher_dtype, config.rollout.slots, width)
         if config.stops_in_flight
         else 0,
         cache_evaluation=0
         if sampled_elsewhere
-        else _cache_bytes(student_config, settings.dtype, *evaluation_at_once(config)),
+        else cache_bytes(student_config, settings.dtype, *evaluation_at_once(config)),
     )
+
+
+def model_shape(name: str, settings: ModelSection) -> PretrainedConfig | None:
+    """A model's config.json where it is on this machine, else its entry in architectures.toml; None without either."""
+    found = read_model_config(name, settings)
+    if found is not None:
+        return found
+    tables = tomllib.loads((Path(__file__).parent / "architectures.toml").read_text(encoding="utf-8"))
+    for known, shape in tables.items():
+        if name in (known, *shape.pop("same_as", ())):
+            return AutoConfig.for_model(**shape)
+    return None
 
 
 def _memory_from_names(
@@ -219,7 +234,7 @@ def _logit_bytes(config: Config, student: PretrainedConfig) -> int:
     return CHUNK_BYTES + head
 
 
-def _cache_bytes(model_config: PretrainedConfig, dtype: str, rows: int, width: int) -> int:
+def cache_bytes(model_config: PretrainedConfig, dtype: str, rows: int, width: int) -> int:
     """Keys and values of `rows` rollouts of `width` tokens in all layers."""
     shape = model_config.get_text_config()
     heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads

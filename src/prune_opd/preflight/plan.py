@@ -10,17 +10,24 @@ from collections.abc import Iterator
 
 from prune_opd.config import Config
 from prune_opd.preflight.memory import Memory, estimate_memory, memory_rows, size_text
+from prune_opd.preflight.topology import GPUs, topology_rows
 from prune_opd.reporting.wording import flattened
 
 
-def describe_plan(config: Config) -> str:
-    """The plan, the memory estimate and all settings as text. Raises ModelError for an unknown embedded model."""
+def describe_plan(config: Config, gpus: GPUs | None = None) -> str:
+    """The plan, the memory estimate and all settings as text. Raises ModelError for an unknown embedded model.
+
+    gpus: those that the run is meant for; says what each of them holds, and whether it fits.
+    """
     memory = estimate_memory(config)
     blocks = [
         ("Plan", list(_plan(config, memory))),
         (f"Memory of one process, from {memory.source}", list(memory_rows(config, memory))),
-        ("Settings", list(_settings(config))),
     ]
+    if gpus is not None:
+        title = f"Memory of each of {gpus.count} GPUs of {size_text(gpus.bytes)}"
+        blocks.append((title, list(topology_rows(config, memory, gpus))))
+    blocks.append(("Settings", list(_settings(config))))
     return "\n\n".join(
         "\n".join([title, *(f"  {name:<{max(len(n) for n, _ in rows)}}  {text}" for name, text in rows)])
         for title, rows in blocks
