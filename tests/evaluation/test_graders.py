@@ -539,3 +539,11 @@ def test_every_gold_is_wrong_with_other_numbers(name: str) -> None:
         changed = re.sub(r"[0-9]+", lambda digits: str(int(digits[0]) + 1), gold)
         if changed != gold:
             assert not grade(boxed(changed), gold), (changed, gold)
+
+
+@pytest.mark.parametrize("digits", [900, 4301, 100_000])
+def test_a_gold_of_many_digits_is_compared(digits: int) -> None:
+    """Python refuses to read more than 4,300 digits as a number."""
+    gold = "7" * digits
+    assert not grade(boxed("7"), gold)
+    assert grade(boxed(f"{gold}.0"), gold) == (digits == 900)

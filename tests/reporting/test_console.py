@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 
 import pytest
@@ -79,3 +80,12 @@ def test_sparkline_and_duration():
     assert sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
     assert sparkline([2.0, 2.0]) == "▁▁"
     assert (duration(59.6), duration(3661)) == ("1:00", "1:01:01")
+
+
+def test_a_server_that_cannot_be_reached_is_shown_above_the_panel():
+    """Its warning goes to standard error, which the panel draws around."""
+    shown = io.StringIO()
+    with step_view(Console(file=shown, force_terminal=True, width=100)):
+        # What handles a warning where nobody set up logging; pytest does.
+        logging.lastResort.emit(logging.makeLogRecord({"msg": "cannot reach h:1 (connection refused)"}))
+    assert "cannot reach h:1 (connection refused)" in shown.getvalue()

@@ -182,7 +182,7 @@ def drip_a_refusal(handler, body):
 def test_a_server_that_drips_is_cut_at_the_deadline(server, fault):
     """It would go on for ever, and is never silent: a test that does not end has found the clock missing."""
     server.before = fault
-    with pytest.raises(ServerError, match="no usable answer within 0.5 s"):
+    with pytest.raises(ServerError, match=r"no usable answer within 0\.5 s .*no whole answer within 0\.[0-5]"):
         client(server, deadline=0.5).post("/x", {}, echo)
     assert server.gone.wait(60), "the connection is still open"
 
@@ -191,7 +191,7 @@ def test_a_probe_counts_towards_the_deadline_of_the_request_it_is_for(server):
     servers = client(server, deadline=0.5)
     servers.probe = lambda replica: servers.ask(replica, "GET", "/probe") is None
     server.before = drip_the_body
-    with pytest.raises(ServerError, match="within 0.5 s"):
+    with pytest.raises(ServerError, match=r"within 0\.5 s in 1 attempts; last: .*no whole answer within 0\.[0-5]"):
         servers.post("/x", {}, echo)
 
 

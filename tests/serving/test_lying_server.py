@@ -207,6 +207,29 @@ def test_lies_of_which_hypothesis_may_not_think(scored, lie, words):
         parse_scores(choice, IDS, N, VOCAB)
 
 
+@pytest.mark.parametrize(
+    ("lie", "words"),
+    [
+        ({f"token_id:{VOCAB}": -30.0}, "beyond the 67"),
+        ({"token_id:-1": -30.0}, "no token id"),
+        ({"token_id:1_0": -30.0}, "no token id"),
+        ({"token_id:1": -0.7, "token_id:2": -0.7, "token_id:3": -0.7}, "their mass is"),
+        ({"token_id:1": -1e39}, "not finite in float32"),
+        ({"token_id:1": True}, "no number"),
+        (None, "lack the token itself"),
+    ],
+)
+def test_lies_about_candidates(sampled, lie, words):
+    told = copy.deepcopy(sampled)
+    entry = told["choices"][0]["logprobs"]["top_logprobs"][1]
+    if lie:
+        entry |= lie
+    else:
+        del entry[f"token_id:{told['choices'][0]['token_ids'][1]}"]
+    with pytest.raises(BadAnswer, match=words):
+        parse_tokens(told, [5], 4, [EOS], top_k=N, vocab_size=VOCAB)
+
+
 @pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0, 20.0])
 def test_true_distributions_are_believed_flat_ones_too(spread):
     """Also of a server with twice as many ids as are shared."""

@@ -50,6 +50,7 @@ _RENAMED = [
     (re.compile(r",\s*,"), ","),
 ]
 
+LONGEST_NUMBER = 1000  # characters; Python turns no text of more than 4,300 digits into a number
 _NUMBER = r"[-+]?(?:(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d*)?|\.\d+)"
 _POWER = r"(?:[eE](?P<e>[-+]?\d{1,3})|\s*(?:\\times|\\cdot|[x*])\s*10\s*\^\s*\{?(?P<p>[-+]?\d{1,3})\}?)?"
 _DECIMAL = re.compile(rf"(?P<n>{_NUMBER}){_POWER}")
@@ -82,7 +83,7 @@ _UNITS = {  # names -> (what is measured, factor); a name may be plural
     "mg milligram": ("mass", "1/1000"), "g gram": ("mass", "1"), "kg kilogram": ("mass", "1000"),
     "oz ounce": ("weight", "1"), "lb pound": ("weight", "16"), "ton": ("tons", "1"),
     "ml milliliter millilitre": ("volume", "1/1000"), "l liter litre": ("volume", "1"),
-    "cent ¢": ("money", "1"), "dollar usd": ("money", "100"), "euro eur €": ("euro", "1"), "£ gbp": ("sterling", "1"),
+    "cent ¢": ("money", "1"), "dollar usd": ("money", "100"), "euro eur €": ("euro", "1"), "£ gbp": ("any", "1"),
     "degree deg": ("degrees", "1"), "radian rad": ("radians", "1"),
     "month": ("months", "1"), "year yr": ("months", "12"),
     "celsius": ("celsius", "1"), "fahrenheit": ("fahrenheit", "1"), "percent": ("percent", "1"),
@@ -163,6 +164,8 @@ def _equal(answer: str, gold: str, holds: Holds) -> bool:
 
 def tidy(answer: str) -> str:
     """Without layout, colours, fonts and signs of typography: `\\color{red}7`, `\\text{7}` and `$7.$` are all 7."""
+    if answer.count("$") == 1:  # no pair around mathematics, so it is money
+        answer = re.sub(r"^\s*\$(?=\s*[\d.])", r"\\$", answer)
     text = _GROUPED.sub(lambda m: m[1] + re.sub(r"\D", "", m[2]), re.sub(r"(?<!\\)\\!\s*", "", answer))
     text = "".join(_sign(c) for c in re.sub(r"(?<!\\)\\%", "%", text))
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda m: "^{" + m[0].translate(_SUPER) + "}", text)
@@ -303,6 +306,8 @@ def _clocks(answer: str, gold: str) -> bool | None:
 def _number(text: str) -> Fraction | None:
     """A decimal, a fraction or a mixed number; None for anything else."""
     plain = _plain(text)
+    if len(plain) > LONGEST_NUMBER:
+        return None
     if found := _DECIMAL.fullmatch(plain):
         return Fraction(found["n"].replace(",", "")) * Fraction(10) ** int(found["e"] or found["p"] or 0)
     if not (found := _RATIO.fullmatch(plain)):

@@ -236,7 +236,8 @@ class Servers:
         return content
 
     def _content(self, url: str, reply: Reply) -> Any:
-        status, words = reply.status, self.key.quote(reply.body) or "no explanation"
+        status = reply.status
+        words = "" if 200 <= status < 300 else self.key.quote(reply.body) or "no explanation"
         if status in TRANSIENT:
             # A proxy answers 502 and 503 while the server behind it restarts.
             raise Unanswered(f"HTTP {status}: {words}", pause=_retry_after(reply.headers), broken=status != 429)
