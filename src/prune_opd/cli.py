@@ -6,13 +6,15 @@ import re
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
-from prune_opd.config import EvaluationSection, load_config
+from prune_opd.config import Config, EvaluationSection, load_config, placed
 from prune_opd.errors import ConfigError, PruneOPDError, RunInterrupted
 
 if TYPE_CHECKING:
@@ -60,12 +62,16 @@ def train(
 ) -> None:
     """Train the student of RECIPE."""
     console.quiet = quiet
-    config = load_config(recipe, set_ or ())
-    if dry_run:
-        from prune_opd.preflight.plan import describe_plan
+    with _recipe(recipe, set_) as config:
+        if dry_run:
+            from prune_opd.preflight.plan import describe_plan
 
-        console.print(describe_plan(config), markup=False, highlight=False, soft_wrap=True)
-        return
+            console.print(describe_plan(config), markup=False, highlight=False, soft_wrap=True)
+        else:
+            _train(config, recipe, output_dir, resume, push_to_hub)
+
+
+def _train(config: Config, recipe: Path, output_dir: Path | None, resume: str, push_to_hub: str | None) -> None:
     from prune_opd.distributed.sharding import launched
     from prune_opd.reporting.report import write_report
     from prune_opd.training.checkpoint import latest_checkpoint
@@ -106,7 +112,6 @@ def doctor(
     ] = 8,
 ) -> None:
     """Check RECIPE before it costs anything, and say what its pair promises. Exits with 1 if it cannot run."""
-    config = load_config(recipe, set_ or ())
     from prune_opd.preflight.doctor import examine
 
     marks = {
@@ -120,8 +125,9 @@ def doctor(
         console.print(f"{marks[finding.status]} [bold]{finding.subject}[/]: ", end="")
         _say(finding.text)
 
-    if not examine(config, probe_prompts=prompts, tell=tell):
-        raise typer.Exit(1)
+    with _recipe(recipe, set_) as config:
+        if not examine(config, probe_prompts=prompts, tell=tell):
+            raise typer.Exit(1)
 
 
 @app.command(
@@ -153,21 +159,21 @@ def compare(
 ) -> None:
     """Train several arms of RECIPE with the same seeds and compare accuracy and cost."""
     console.quiet = quiet
-    config = load_config(recipe, set_ or ())
     from prune_opd.experiments.compare import compare as run_comparison
     from prune_opd.reporting.report import write_report
 
     output_dir = output_dir or default_output_dir(recipe.stem)
-    run_comparison(
-        config,
-        arms=[arm.strip() for arm in arms.split(",") if arm.strip()],
-        seeds=range(first_seed, first_seed + seeds),
-        output_dir=output_dir,
-        console=console,
-        reference=reference,
-        resume=resume,
-        parallel=parallel,
-    )
+    with _recipe(recipe, set_) as config:
+        run_comparison(
+            config,
+            arms=[arm.strip() for arm in arms.split(",") if arm.strip()],
+            seeds=range(first_seed, first_seed + seeds),
+            output_dir=output_dir,
+            console=console,
+            reference=reference,
+            resume=resume,
+            parallel=parallel,
+        )
     _say(f"report: {write_report([output_dir])}")
 
 
@@ -281,6 +287,16 @@ def replay(
         console=console,
         json_path=json_path,
     )
+
+
+@contextmanager
+def _recipe(recipe: Path, overrides: list[str] | None) -> Iterator[Config]:
+    """The settings of a recipe. What is found wrong with one of them later is said with its place, too."""
+    config = load_config(recipe, overrides or ())
+    try:
+        yield config
+    except ConfigError as error:
+        raise placed(error, recipe, overrides or ()) from error
 
 
 def _numbers(option: str, text: str) -> list[float]:

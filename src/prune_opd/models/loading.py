@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from importlib.resources import files
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from transformers import (
 )
 
 from prune_opd.config import Config, LoraSection, ModelSection
-from prune_opd.errors import ModelError, TokenizerError
+from prune_opd.config.words import shown
+from prune_opd.errors import ConfigError, ModelError, TokenizerError
 from prune_opd.models.causal_lm import check_compiler, check_liger
 
 log = logging.getLogger(__name__)
@@ -37,14 +39,19 @@ def resolve_model(name: str) -> str:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the accelerator where there is one, else the CPU."""
-    if name != "auto":
-        try:
-            return torch.device(name)
-        except RuntimeError as error:
-            raise ModelError(f"training.device = {name!r} is no device that torch knows: {error}") from None
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")
+    """`auto` is the accelerator where there is one, else the CPU. ConfigError for a device that is not here."""
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    there_are = ["cpu"]
+    if here is not None:
+        there_are += [here.type, *(f"{here.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    if name == "auto":
+        return here or torch.device("cpu")
+    if name in there_are:
+        return torch.device(name)
+    raise ConfigError(
+        f"training.device = {name!r} is no device of this machine, as torch {torch.__version__} sees it; there are "
+        f"auto, {', '.join(there_are)}"
+    )
 
 
 def load_model(name: str, settings: ModelSection, *, dtype: str, device: torch.device) -> PreTrainedModel:
@@ -89,19 +96,26 @@ def load_student(config: Config, device: torch.device) -> PreTrainedModel:
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraSection) -> PreTrainedModel:
-    """The model with its weights frozen and trainable low-rank adapters beside them."""
+    """The model with its weights frozen and trainable low-rank adapters beside them; ConfigError if they do not fit."""
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(
-        model,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.target_modules,
-        ),
-    )
+    try:
+        return get_peft_model(
+            model,
+            LoraConfig(
+                task_type="CAUSAL_LM",
+                r=lora.r,
+                lora_alpha=lora.alpha,
+                lora_dropout=lora.dropout,
+                target_modules=lora.target_modules,
+            ),
+        )
+    except (ValueError, RuntimeError) as error:  # no such modules; no memory for so large a rank
+        blamed = "target_modules" if isinstance(error, ValueError) else "r"
+        raise ConfigError(
+            f"model.lora.{blamed} does not fit the student ({shown(str(error))}); give modules that it has, "
+            "or all-linear, and a rank below its width"
+        ) from error
 
 
 def load_tokenizer(name: str, settings: ModelSection) -> PreTrainedTokenizerBase:
@@ -178,7 +192,7 @@ def read_model_config(name: str, settings: ModelSection, *, local_files_only: bo
     except ModelError:
         raise
     except (OSError, ValueError):
-        if (Path(name) / "config.json").is_file():
+        if os.path.isfile(os.path.join(name, "config.json")):  # which takes names that no file can have
             raise ModelError(
                 f"{name}/config.json names no model that transformers knows; update it or repair"
             ) from None
