@@ -374,7 +374,7 @@ def test_what_is_no_run_is_refused(tmp_path, run):
         write_report([run, run], tmp_path / "report.html")
     log = run / "metrics.jsonl"
     log.write_text("not json\n" + log.read_text())
-    with pytest.raises(RunLogError, match=r"metrics\.jsonl, line 1 is no JSON"):
+    with pytest.raises(RunLogError, match=r"metrics\.jsonl:1: no JSON"):
         write_report([run])
 
 

@@ -105,14 +105,14 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Pat
     if not isinstance(parent, str):
         raise ConfigError(f"{path}: extends must be the path of another recipe as a string, got {parent!r}; give one")
     inherited, files = _read(path.parent / parent, (*chain, path))
-    return _merge(inherited, settings), {path: text, **files}
+    return merged(inherited, settings), {path: text, **files}
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`base` with the settings of `over` in their place; a section in both keeps what `over` does not name."""
     both = dict(base)
     for key, value in over.items():
-        both[key] = _merge(both[key], value) if isinstance(value, dict) and isinstance(both.get(key), dict) else value
+        both[key] = merged(both[key], value) if isinstance(value, dict) and isinstance(both.get(key), dict) else value
     return both
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 
@@ -65,9 +66,9 @@ def load_model(name: str, settings: ModelSection, *, dtype: str, device: torch.d
             trust_remote_code=settings.trust_remote_code,
             use_safetensors=True,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # whatever transformers makes of files that are damaged or of another kind; chained
         raise ModelError(
-            f"model {name!r} cannot be loaded: {error}\n"
+            f"model {name!r} cannot be loaded: {type(error).__name__}: {error}\n"
             "Give a folder with config.json and safetensors weights, a Hub id, or embedded:NAME"
         ) from error
     return model.to(device)
@@ -124,8 +125,11 @@ def load_tokenizer(name: str, settings: ModelSection) -> PreTrainedTokenizerBase
     log_remote_code(name, settings)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise TokenizerError(f"the tokenizer of {name!r} cannot be loaded: {error}") from error
+    except Exception as error:  # likewise
+        raise TokenizerError(
+            f"the tokenizer of {name!r} cannot be loaded: {type(error).__name__}: {error}\n"
+            "Give a folder with a tokenizer, a Hub id, or embedded:NAME"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise TokenizerError(
             f"the tokenizer of {name!r} has no EOS token, so no rollout could ever end by itself; "
@@ -161,7 +165,21 @@ def end_ids(settings: GenerationConfig | None, tokenizer: PreTrainedTokenizerBas
     """Every id that ends a response: the tokenizer's EOS and those that the model's generation settings name."""
     named = getattr(settings, "eos_token_id", None)
     named = [] if named is None else named if isinstance(named, list) else [named]
+    if not all(type(number) is int for number in named):
+        raise ModelError(
+            f"eos_token_id is {named} in generation_config.json; write the id of a token, or a list of ids"
+        )
     return sorted({tokenizer.eos_token_id, *named})
+
+
+def check_ids(model: PreTrainedModel, name: str, ids: Iterable[int]) -> None:
+    """ModelError where the model has no embedding for one of the ids of its prompts."""
+    rows, highest = model.get_input_embeddings().weight.shape[0], max(ids)
+    if highest >= rows:
+        raise ModelError(
+            f"the tokenizer of {name!r} gives tokens ids up to {highest}, but the model has {rows} of them; use the "
+            "tokenizer that belongs to it"
+        )
 
 
 def shared_vocab_size(student: PreTrainedModel, teacher_size: int, top_k: int) -> int:
@@ -191,9 +209,10 @@ def read_model_config(name: str, settings: ModelSection, *, local_files_only: bo
         )
     except ModelError:
         raise
-    except (OSError, ValueError):
+    except Exception as error:  # whatever transformers makes of a file that is damaged; chained
         if os.path.isfile(os.path.join(name, "config.json")):  # which takes names that no file can have
             raise ModelError(
-                f"{name}/config.json names no model that transformers knows; update it or repair"
-            ) from None
+                f"{name}/config.json names no model that transformers knows ({type(error).__name__}: {error}); update "
+                "transformers or repair the file"
+            ) from error
         return None

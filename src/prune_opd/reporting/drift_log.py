@@ -17,7 +17,7 @@ from torch import Tensor
 from prune_opd.core.drift import DriftReport
 from prune_opd.core.overlap import mass_above, overlap_mass, shared_candidates
 from prune_opd.errors import RunLogError
-from prune_opd.reporting.run_logs import read_lines
+from prune_opd.reporting.records import read_lines
 from prune_opd.types import Rollouts, TeacherScores
 
 MASS_LEVELS = 254  # of a probability mass in a byte; 255 is left for "not among the candidates"
@@ -70,13 +70,7 @@ def read_drift(run_dir: Path) -> Iterator[LoggedStep]:
     if not path.is_file():
         raise RunLogError(f"{run_dir} holds no drift.jsonl; give the directory of a run")
     for record in read_lines(path):
-        try:
-            yield _parsed(record)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RunLogError(
-                f"{path}: no step of a drift log ({type(error).__name__}: {error}); it was edited, or an older version "
-                "wrote it: run again"
-            ) from error
+        yield _parsed(record)
 
 
 def _parsed(record: dict[str, Any]) -> LoggedStep:
