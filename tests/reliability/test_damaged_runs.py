@@ -133,7 +133,7 @@ def comparison(tmp_path_factory):
     return folder
 
 
-@cases(400)
+@cases(150)
 @given(seed=seeds)
 def test_a_report_and_a_card_of_a_damaged_run(logs, tmp_path, seed):
     folder = copied(logs, tmp_path / "run")
@@ -142,7 +142,7 @@ def test_a_report_and_a_card_of_a_damaged_run(logs, tmp_path, seed):
     ends_well(lambda: model_card(folder))
 
 
-@cases(100)
+@cases(40)
 @given(seed=seeds)
 def test_a_report_of_a_damaged_comparison(comparison, tmp_path, seed):
     if not (tmp_path / "whole").exists():
@@ -153,7 +153,7 @@ def test_a_report_of_a_damaged_comparison(comparison, tmp_path, seed):
     ends_well(lambda: write_report([folder], tmp_path / "report.html"))
 
 
-@cases(300)
+@cases(150)
 @given(seed=seeds)
 def test_a_replay_of_a_damaged_run(logs, tmp_path, seed):
     folder = copied(logs, tmp_path / "run")
@@ -161,7 +161,8 @@ def test_a_replay_of_a_damaged_run(logs, tmp_path, seed):
     ends_well(lambda: replay(folder, thresholds=[], w_drops=[], metrics=[], top_ps=[], console=QUIET))
 
 
-@cases(40)
+@pytest.mark.slow
+@cases(20)
 @given(seed=seeds)
 def test_a_damaged_run_goes_on_or_says_why_not(run, tmp_path, seed):
     folder = copied(run, tmp_path / "run")
@@ -169,11 +170,13 @@ def test_a_damaged_run_goes_on_or_says_why_not(run, tmp_path, seed):
     names += [f"checkpoints/step_2/{name}" for name in ("manifest.json", "trainer_state.json", "config.json")]
     damage(folder, names, seed)
     config = load_config(RECIPE, [*SETTINGS, "training.steps=3"])
-    if ends_well(lambda: Trainer(config, folder, resume="auto", console=QUIET).train()):
+    panel = Console(file=io.StringIO(), force_terminal=True)  # draws what the logs hold
+    if ends_well(lambda: Trainer(config, folder, resume="auto", console=panel).train()):
         assert (folder / "checkpoints/step_3").is_dir()
 
 
-@cases(15)
+@pytest.mark.slow
+@cases(8)
 @given(seed=seeds)
 def test_a_damaged_comparison_goes_on_or_says_why_not(comparison, tmp_path, seed):
     folder = copied(comparison, tmp_path / "both")

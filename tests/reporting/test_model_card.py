@@ -184,7 +184,8 @@ def run(tmp_path) -> Path:
     config["data"] |= {"train": "BytedTsinghua-SIA/DAPO-Math-17k"}
     step = {"step": 1, "time/total": 3.0, "time/rollout": 1.0, "time/teacher": 0.5, "time/update": 1.0}
     step |= {"prune_opd/current_max_response_length": 9, "prune_opd/next_max_response_length": 9}
-    step |= {"distillation/overlap_ratio": 0.5, "completions/eos_rate": 0.5}
+    step |= {"distillation/overlap_ratio": 0.5, "completions/eos_rate": 0.5, "loss": 1.0, "steps": 2, "eta_seconds": 3}
+    step |= {f"prune_opd/effective_response_length_{of}": 9 for of in ("mean", "p90")}
     step |= {f"tokens/{name}": 100 for name in ("generated", "scored", "trained", "saved")}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "metrics.jsonl").write_text(json.dumps(step) + "\n")

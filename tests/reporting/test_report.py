@@ -400,7 +400,9 @@ def test_a_long_run_of_many_arms_stays_below_five_megabytes(run, tmp_path):
     """Three runs of 200 steps; rollouts of 512 tokens, all of whose characters take six bytes."""
     metrics, drift, rollouts = (lines(run / f"{name}.jsonl")[1] for name in ("metrics", "drift", "rollouts"))
     metrics |= {"prune_opd/current_max_response_length": 4096}
-    drift |= {"shared": ["0301080605020407" * 512], "weight_by_position": [1.2345] * 4096}
+    drift |= {name: drift[name][:1] for name in ("finished", "stopped", "effective_length", "onset")}
+    drift |= {name: ["0301080605020407" * 512] for name in ("shared", "mass", "above")}
+    drift |= {"length": [4096], "weight_by_position": [1.2345] * 4096}
     times = 512 // len(rollouts["token_ids"])
     rollouts |= {name: rollouts[name] * times for name in ("token_ids", "weight", "shared", "teacher_logprob")}
     for side in ("student", "teacher"):

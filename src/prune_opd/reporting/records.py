@@ -38,7 +38,12 @@ class StepRecord(Record):
 
 
 THIS_WINDOW, NEXT_WINDOW = "prune_opd/current_max_response_length", "prune_opd/next_max_response_length"
-TRAINED = (THIS_WINDOW, NEXT_WINDOW, "distillation/overlap_ratio", "completions/eos_rate")
+TRAINED = (
+    *("steps", "eta_seconds", "loss", THIS_WINDOW, NEXT_WINDOW, "distillation/overlap_ratio", "completions/eos_rate"),
+    *(f"prune_opd/effective_response_length_{of}" for of in ("mean", "p90")),
+    *(f"tokens/{of}" for of in ("generated", "scored", "trained", "saved")),
+    *(f"time/{of}" for of in ("rollout", "teacher", "update", "total")),
+)
 EVALUATED = ("eval/accuracy", "eval/ci95", "eval/per_problem", "eval/mean_length", "eval/eos_rate", "time/eval")
 
 
@@ -66,7 +71,11 @@ class Metrics(StepRecord):
         )
         if lacking := [name for name in wanted if name not in there]:
             raise ValueError(f"{', '.join(lacking)} missing")
-        bad = next((n for n, v in extra.items() if n.startswith(("time/", "tokens/")) and not 0 <= v <= 1e15), None)
+        finite = {n: v for n, v in extra.items() if n.startswith(("time/", "tokens/", "eta_", "steps"))}
+        bad = next((n for n, v in finite.items() if not 0 <= v <= 1e15), None)
+            (n for n, v in extra.items() if n.startswith(("time/", "tokens/", "eta_", "steps")) and not 0 <= v <= 1e15),
+            None,
+        )
         if bad:
             raise ValueError(f"{bad} is {extra[bad]}, which it cannot be")
         return self
