@@ -73,9 +73,6 @@ class Metrics(StepRecord):
             raise ValueError(f"{', '.join(lacking)} missing")
         finite = {n: v for n, v in extra.items() if n.startswith(("time/", "tokens/", "eta_", "steps"))}
         bad = next((n for n, v in finite.items() if not 0 <= v <= 1e15), None)
-            (n for n, v in extra.items() if n.startswith(("time/", "tokens/", "eta_", "steps")) and not 0 <= v <= 1e15),
-            None,
-        )
         if bad:
             raise ValueError(f"{bad} is {extra[bad]}, which it cannot be")
         return self
