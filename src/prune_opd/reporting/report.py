@@ -94,6 +94,8 @@ def arm_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
         row |= dict.fromkeys(("saved", "difference", "to_equal"))
         if baseline is None or row is baseline or row["same"] != baseline["same"]:
             continue
+        if not (baseline["seconds"]["all"] and baseline["tokens"]["all"]):  # it has not run yet, or its log is lost
+            continue
         row["saved"] = {name: _share_saved(row[name], baseline[name]) for name in ("seconds", "tokens")}
         if row["accuracy"] is not None and baseline["accuracy"] is not None:
             row["difference"] = _difference(of_arm[row["arm"]], of_arm[baseline["arm"]])
