@@ -18,7 +18,7 @@ NOW = $(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-locked setup-trl setup-liger setup-smollm setup-trackers setup-vllm setup-verl test test-engines check lint format demo demo-smollm assets smollm-pair docs bench soak kill licences lock audit clean
+.PHONY: help setup setup-locked setup-trl setup-liger setup-smollm setup-trackers setup-vllm setup-verl test test-engines check lint format demo demo-smollm assets smollm-pair docs bench soak fuzz kill licences lock audit clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,6 +84,10 @@ bench: setup-trl  ## time one OPD step against TRL
 
 soak: setup  ## 2,000 steps on the smallest pair: memory, file handles, slow steps (about 10 minutes)
 	$(BIN)/python benchmarks/soak.py
+
+fuzz: setup  ## damage real run directories at random in 7,000 ways, other ones each time (about 15 minutes)
+	PRUNE_OPD_FUZZ=18 $(BIN)/python -m pytest -q -m "not slow" tests/reliability/test_damaged_runs.py
+	PRUNE_OPD_FUZZ=2 $(BIN)/python -m pytest -q -m slow tests/reliability/test_damaged_runs.py
 
 kill: setup  ## kill a run at 200 moments, resume, compare bit for bit (about 15 minutes)
 	$(BIN)/python tests/reliability/kills.py --moments 100

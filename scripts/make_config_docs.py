@@ -19,8 +19,9 @@ which is the paper's where the paper has one. `prune-opd train RECIPE --dry-run`
 them.
 
 - `extends = "other.toml"` at the top takes the settings of another recipe first; the path is relative to the recipe.
-- `--set key=value` changes one setting on the command line: `--set pruning.threshold=0.8`. The value is TOML; a word
-  that is not TOML is taken as a string.
+- `--set key=value` changes one setting on the command line: `--set pruning.threshold=0.8`. The value is TOML, or what
+  people type: `1e3` for a whole number, `True`, a word, a path or `2024` for a text, `wandb` or `a,b` for a list,
+  nothing to unset.
 - An unknown setting is an error that names the nearest known one. A setting that has no effect in a recipe warns.
 
 This page is written by `make docs`; the words are those of `src/prune_opd/config/schema.py`.

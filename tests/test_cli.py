@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import typer.main
 
 from prune_opd.cli import app, main
+from prune_opd.config import setting_names
 
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 RECIPE = """
@@ -24,6 +26,7 @@ train = "prompts.jsonl"
 [training]
 steps = 40
 """
+COLUMNS = ["--prompt-column", "Question", "--answer-column", "Key"]
 
 
 class Done(NamedTuple):
@@ -128,3 +131,61 @@ def test_a_setting_without_effect_warns_on_the_error_stream(prune_opd, recipe):
     assert done.err.startswith("warning: ")
     assert "evaluation.k has no effect" in done.err
     assert "Traceback" not in done.err
+
+
+def test_auto_resume_wants_the_run_to_go_on_with(prune_opd, recipe):
+    done = prune_opd("train", "recipe.toml", "--resume", "auto")
+    assert done.code == 1 and done.err.startswith("ConfigError: --resume auto needs --output-dir"), done.err
+    for name in ("recipe-20260101-000000", "recipe-20260102-000000", "other-20260103-000000"):
+        (recipe.parent / "runs" / name).mkdir(parents=True)
+        (recipe.parent / "runs" / name / "config.json").write_text("{}")
+    done = prune_opd("train", "recipe.toml", "--resume", "auto")
+    assert "runs/recipe-20260102-000000 is the newest of this recipe" in done.err
+
+
+def test_a_device_that_is_not_here_is_placed_by_every_command(prune_opd):
+    for command, *more in (["train", "--dry-run"], ["train"], ["compare"]):
+        done = prune_opd(command, "recipe.toml", *more, "--set", "training.device=gpu7", "--set", "evaluation.data=x")
+        assert done.code == 1 and "Traceback" not in done.err, (command, done.err)
+        place = "ConfigError: --set training.device=gpu7: training.device = 'gpu7' is no device of this machine"
+        assert done.err.startswith(place), (command, done.err)
+    pair = [f"model.{name}model_name_or_path=embedded:teacher" for name in ("", "teacher_")]
+    settings = [word for setting in [*pair, "data.train=task:chain_sum"] for word in ("--set", setting)]
+    done = prune_opd("doctor", "recipe.toml", "--prompts", "0", *settings, "--set", "training.device=gpu7")
+    assert done.code == 1 and "FAILED device: training.device = 'gpu7' is no device" in done.out
+    done = prune_opd("eval", "nobody/nothing", "--benchmark", "task:chain_sum", "--device", "gpu7")
+    assert done.code == 1 and done.err.startswith("ConfigError: --device = 'gpu7' is no device of this machine")
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "says"),
+    [
+        ([{"Question": "1+1=", "Key": "2"}], [], "Then set --prompt-column"),
+        ([{"Question": "1+1=", "Key": "2"}], ["--prompt-column", "Question"], "--answer-column"),
+        ([{"Question": "1+1=", "Key": "2"}], ["--prompt-column", "question"], "'question' (--prompt-column)"),
+        (
+            [{"Question": "1+1=", "Key": [2]}],
+            COLUMNS,
+            "--answer-column",
+        ),
+        ([{"Question": "1+1=", "Key": "2"}], COLUMNS, None),
+        ([], [], "no row"),
+    ],
+)
+def test_eval_reads_any_columns_and_speaks_of_its_own_options(prune_opd, recipe, rows, options, says):
+    (recipe.parent / "exam.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [
+        "embedded:low-student",
+        "--benchmark",
+        "exam.jsonl",
+        "--k",
+        "1",
+        "--max-tokens",
+        "4",
+        "--device",
+        "cpu",
+    ]
+    done = prune_opd("eval", *arguments, *options)
+    assert done.code == (1 if says else 0), done.err
+    assert (says or "") in done.err
+    assert not [name for name in setting_names() if re.search(rf"\b{re.escape(name)}\b", done.err)]

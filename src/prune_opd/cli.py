@@ -6,14 +6,16 @@ import re
 import sys
 import time
 import warnings
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
-from prune_opd.config import EvaluationSection, load_config
+from prune_opd.config import Config, EvaluationSection, load_config, placed
+from prune_opd.config.values import MOST
 from prune_opd.errors import ConfigError, PruneOPDError, RunInterrupted
 
 if TYPE_CHECKING:
@@ -66,22 +68,32 @@ def train(
 ) -> None:
     """Train the student of RECIPE."""
     console.quiet = quiet
-    config = load_config(recipe, set_ or ())
-    if dry_run:
-        from prune_opd.preflight.plan import describe_plan
-        from prune_opd.preflight.topology import GPUs, parse_memory
+    with _recipe(recipe, set_) as config:
+        if dry_run:
+            from prune_opd.preflight.plan import describe_plan
+            from prune_opd.preflight.topology import GPUs, parse_memory
 
-        meant_for = None if gpus is None else GPUs(gpus, parse_memory(gpu_memory))
-        console.print(describe_plan(config, meant_for), markup=False, highlight=False, soft_wrap=True)
-        return
+            meant_for = None if gpus is None else GPUs(gpus, parse_memory(gpu_memory))
+            console.print(describe_plan(config, meant_for), markup=False, highlight=False, soft_wrap=True)
+        else:
+            _train(config, recipe, output_dir, resume, push_to_hub)
+
+
+def _train(config: Config, recipe: Path, output_dir: Path | None, resume: str, push_to_hub: str | None) -> None:
     from prune_opd.distributed.sharding import launched
     from prune_opd.reporting.report import write_report
     from prune_opd.training.checkpoint import latest_checkpoint
     from prune_opd.training.hub import check_repo, push
     from prune_opd.training.trainer import Trainer
 
-    if output_dir is None and resume not in ("auto", "never"):
-        output_dir = Path(resume).resolve().parents[1]
+    if resume == "auto" and output_dir is None:  # a new directory each time would begin anew each time
+        earlier = sorted(path.parent for path in Path("runs").glob(f"{recipe.stem}-*/config.json"))
+        there = f"; {earlier[-1]} is the newest of this recipe" if earlier else ""
+        raise ConfigError(
+            "--resume auto needs --output-dir, the run to go on with (it begins there if there is none yet)" + there
+        )
+    if output_dir is None and resume != "never":
+        output_dir = next(iter(Path(resume).resolve().parents[1:]), Path(resume))
     with launched() as world:
         run_dir = world.gather(output_dir or default_output_dir(recipe.stem))[0]  # clocks may differ
         trainer = Trainer(config, run_dir, resume=resume, console=console, world=world)
@@ -116,7 +128,6 @@ def doctor(
     ] = 8,
 ) -> None:
     """Check RECIPE before it costs anything, and say what its pair promises. Exits with 1 if it cannot run."""
-    config = load_config(recipe, set_ or ())
     from prune_opd.preflight.doctor import examine
 
     marks = {
@@ -130,8 +141,9 @@ def doctor(
         console.print(f"{marks[finding.status]} [bold]{finding.subject}[/]: ", end="")
         _say(finding.text)
 
-    if not examine(config, probe_prompts=prompts, tell=tell):
-        raise typer.Exit(1)
+    with _recipe(recipe, set_) as config:
+        if not examine(config, probe_prompts=prompts, tell=tell):
+            raise typer.Exit(1)
 
 
 @app.command(
@@ -150,7 +162,7 @@ def compare(
         ),
     ] = "opd,prune",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds each arm runs with.")] = 1,
-    first_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
+    first_seed: Annotated[int, typer.Option(min=0, max=MOST, help="The first of them.")] = 0,
     reference: Annotated[
         Path | None,
         typer.Option(help="Finished run, or comparison, that ramp, replay and random follow. Default: arm prune."),
@@ -163,21 +175,21 @@ def compare(
 ) -> None:
     """Train several arms of RECIPE with the same seeds and compare accuracy and cost."""
     console.quiet = quiet
-    config = load_config(recipe, set_ or ())
     from prune_opd.experiments.compare import compare as run_comparison
     from prune_opd.reporting.report import write_report
 
     output_dir = output_dir or default_output_dir(recipe.stem)
-    run_comparison(
-        config,
-        arms=[arm.strip() for arm in arms.split(",") if arm.strip()],
-        seeds=range(first_seed, first_seed + seeds),
-        output_dir=output_dir,
-        console=console,
-        reference=reference,
-        resume=resume,
-        parallel=parallel,
-    )
+    with _recipe(recipe, set_) as config:
+        run_comparison(
+            config,
+            arms=[arm.strip() for arm in arms.split(",") if arm.strip()],
+            seeds=range(first_seed, first_seed + seeds),
+            output_dir=output_dir,
+            console=console,
+            reference=reference,
+            resume=resume,
+            parallel=parallel,
+        )
     _say(f"report: {write_report([output_dir])}")
 
 
@@ -186,7 +198,8 @@ def compare(
     epilog="Examples:\n\n"
     "prune-opd eval embedded:low-student --benchmark task:chain_sum --k 4 --num-problems 100\n\n"
     "prune-opd eval runs/mine/checkpoints/step_203 --benchmark aime24 --data-dir data\n\n"
-    "prune-opd eval owner/model --benchmark problems.jsonl --k 4 --temperature 0.6 --max-tokens 8192",
+    "prune-opd eval owner/model --benchmark problems.jsonl --k 4 --temperature 0.6 --max-tokens 8192\n\n"
+    "prune-opd eval runs/mine --benchmark exam.jsonl --prompt-column Question --answer-column Key",
 )
 def evaluate(
     model: Annotated[str, typer.Argument(help="A folder, a Hub id, or embedded:NAME.")],
@@ -197,22 +210,26 @@ def evaluate(
             "task:chain_sum, reasoning_gym:NAME, a file, a folder, or a Hub id."
         ),
     ],
-    k: Annotated[int, typer.Option(min=1, help="Answers to each problem: Avg@k.")] = 16,
+    k: Annotated[int, typer.Option(min=1, max=MOST, help="Answers to each problem: Avg@k.")] = 16,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Nucleus of the sampling.")] = 0.95,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 31744,
-    num_problems: Annotated[int | None, typer.Option(min=1, help="Only the first of the problems.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="Most tokens of an answer.")] = 31744,
+    num_problems: Annotated[int | None, typer.Option(min=1, max=MOST, help="Only the first of the problems.")] = None,
     prompt_suffix: Annotated[
         str | None,
         typer.Option(help="Added to each problem. Default: benchmarks by name ask for steps and a boxed answer."),
     ] = None,
+    prompt_column: Annotated[
+        str | None, typer.Option(help="Column with the problem, of a file, folder or Hub id; found by itself if unset.")
+    ] = None,
+    answer_column: Annotated[str | None, typer.Option(help="Column with the gold answer, likewise.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder to look for a benchmark's file before the Hub.")] = None,
     split: Annotated[str, typer.Option(help="Split of a folder or Hub id that is no benchmark by name.")] = "test",
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Type of the weights.")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0 leaves it alone.")] = 1,
-    slots: Annotated[int, typer.Option(min=1, help="Answers that decode at the same time.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, max=1024, help="CPU threads of torch; 0 leaves it alone.")] = 1,
+    slots: Annotated[int, typer.Option(min=1, max=MOST, help="Answers that decode at the same time.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, max=MOST, help="Seed of the sampling.")] = 0,
     output_dir: Annotated[
         Path | None,
         typer.Option(help="Must be new; for eval.json and responses.jsonl. Default: runs/eval-MODEL-TIME."),
@@ -221,24 +238,27 @@ def evaluate(
 ) -> None:
     """Measure a model on a benchmark: Avg@k and pass@k with 95% intervals."""
     console.quiet = quiet
-    from prune_opd.experiments.evaluate_model import evaluate_model
+    from prune_opd.experiments.evaluate_model import errors_of_eval, evaluate_model
 
-    evaluate_model(
-        model,
-        benchmark,
-        EvaluationSection(k=k, temperature=temperature, top_p=top_p, max_tokens=max_tokens),
-        output_dir or default_output_dir("eval-" + re.split("[/:]", model.rstrip("/"))[-1]),
-        console=console,
-        data_dir=data_dir,
-        split=split,
-        num_problems=num_problems,
-        prompt_suffix=prompt_suffix,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        slots=slots,
-        seed=seed,
-    )
+    with errors_of_eval():
+        evaluate_model(
+            model,
+            benchmark,
+            EvaluationSection(k=k, temperature=temperature, top_p=top_p, max_tokens=max_tokens),
+            output_dir or default_output_dir("eval-" + re.split("[/:]", model.rstrip("/"))[-1][:100]),
+            console=console,
+            data_dir=data_dir,
+            split=split,
+            num_problems=num_problems,
+            prompt_suffix=prompt_suffix,
+            prompt_column=prompt_column,
+            answer_column=answer_column,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            slots=slots,
+            seed=seed,
+        )
 
 
 @app.command(
@@ -291,6 +311,16 @@ def replay(
         console=console,
         json_path=json_path,
     )
+
+
+@contextmanager
+def _recipe(recipe: Path, overrides: list[str] | None) -> Iterator[Config]:
+    """The settings of a recipe. What is found wrong with one of them later is said with its place, too."""
+    config = load_config(recipe, overrides or ())
+    try:
+        yield config
+    except ConfigError as error:
+        raise placed(error, recipe, overrides or ()) from error
 
 
 def _numbers(option: str, text: str) -> list[float]:

@@ -62,10 +62,9 @@ def config(**settings: Any) -> Config:
     ],
 )
 def test_a_misspelt_setting_names_the_nearest_one(write, override, wrong, meant):
-    path = write()
     with pytest.raises(ConfigError) as error:
-        load_config(path, [override])
-    assert str(error.value) == f"{path}: unknown setting {wrong}; did you mean {meant}?"
+        load_config(write(), [override])
+    assert str(error.value) == f"--set {override}: unknown setting {wrong}; did you mean {meant}?"
 
 
 def test_a_setting_like_no_other_points_to_the_list(write):
@@ -80,7 +79,7 @@ def test_every_mistake_of_a_recipe_is_told_at_once(write):
     first = path.read_text().splitlines().index("[training]") + 1
     assert str(error.value).splitlines() == [
         f"{path}:{first + 2}: setting training.seed = -1 is not usable: input should be greater than or equal to 0; "
-        "change it",
+        "write for example 0",
         f"{path}:{first + 1}: unknown setting training.step; did you mean training.steps?",
     ]
 

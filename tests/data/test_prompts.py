@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +270,7 @@ def test_absent(plain, source) -> None:
 
 
 def test_empty_folder(plain, tmp_path) -> None:
-    with pytest.raises(DataError, match=r"no \.jsonl or \.parquet file in this folder"):
+    with pytest.raises(DataError, match=r"no \.jsonl, \.ndjson, \.json or \.parquet file in this folder"):
         load(tmp_path, plain)
 
 
@@ -394,3 +395,59 @@ def test_what_a_data_frame_has_for_nothing_is_no_gold_answer(write, plain) -> No
     path = write("a.parquet", [{"question": "q", "answer": 7.5}, {"question": "q", "answer": float("nan")}])
     first, second = load(path, plain)
     assert (first.answer, second.answer, second.lack) == ("7.5", None, "column 'answer' holds NaN")
+
+
+@pytest.mark.parametrize("name", ["train.json", "train.ndjson", "data/train.json"])
+def test_a_folder_with_any_name_that_a_file_alone_may_have(plain, tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text('{"prompt": "1+1="}\n')
+    (tmp_path / "dataset_info.json").write_text('{"description": "no row"}')
+    (prompt,) = load(tmp_path, plain)
+    assert prompt.text == "1+1=" and prompt.source == f"{tmp_path / name}:1"
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_list_of_objects_over_several_lines(plain, tmp_path, indent):
+    rows = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "2+2=", "answer": "4"}]
+    (tmp_path / "a.json").write_text("\ufeff\n" + json.dumps(rows, indent=indent), encoding="utf-8")
+    found = load(tmp_path / "a.json", plain)
+    assert [(p.text, p.answer, p.source) for p in found] == [
+        ("1+1=", "2", f"{tmp_path / 'a.json'}[0]"),
+        ("2+2=", "4", f"{tmp_path / 'a.json'}[1]"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('[\n{"prompt": "x"},\n{"prompt": }]', r"a\.json:3: not valid JSON"),
+        ('[{"prompt": "x"}, 3]', r"a\.json\[1\]: expected a JSON object"),
+        ('[{"prompt": "x", "prompt": "y"}]', "stands in it twice"),
+        ("[" * 100_000, r"a\.json: not valid JSON"),
+        ("[]", "there is no row"),
+    ],
+)
+def test_a_list_that_is_none_is_named(plain, tmp_path, content, says):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(DataError, match=says):
+        load(tmp_path / "a.json", plain)
+
+
+def test_a_decimal_is_a_gold_answer(plain, tmp_path):
+    golds = [Decimal("142.50"), Decimal("1E+3"), Decimal("-0.10"), None]
+    table = pa.table({"prompt": ["a", "b", "c", "d"], "answer": pa.array(golds, pa.decimal128(10, 2))})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert [p.answer for p in load(tmp_path / "a.parquet", plain)] == ["142.50", "1000.00", "-0.10", None]
+
+
+def test_white_space_that_the_tokenizer_drops_makes_no_prompt_too_long(tmp_path):
+    symbols = ["<eos>", "<unk>", *"0123456789+="]
+    backend = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("", "isolated")]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
+    rows = ["1 + 1" + " " * 3000 + "=", "1 " * 3000, " " * 2_000_000 + "1"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows))
+    found = load_set(tmp_path / "a.jsonl", tokenizer, max_prompt_length=100)
+    assert [p.text for p in found.prompts] == rows[:1] and found.dropped_too_long == 2

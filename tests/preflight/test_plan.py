@@ -19,7 +19,7 @@ from prune_opd.models.loading import add_adapters
 from prune_opd.preflight.memory import activation_bytes, estimate_memory, micro_batch_shape, parameters_in_name
 from prune_opd.preflight.plan import (
     describe_plan,
-    evaluation_steps,
+    evaluations,
     events_until_unreliable,
     most_response_tokens,
 )
@@ -310,10 +310,10 @@ def test_the_overlap_rule_in_words(threshold, words):
 
 def test_evaluations_come_at_the_start_at_every_period_and_at_the_end():
     held_out = {"evaluation.data": "held_out.jsonl", "evaluation.every": 20}
-    assert evaluation_steps(config(**held_out, **{"training.steps": 50})) == [0, 20, 40, 50]
-    assert evaluation_steps(config(**held_out, **{"training.steps": 40})) == [0, 20, 40]
-    assert evaluation_steps(config(**held_out, **{"training.steps": 3})) == [0, 3]
-    assert evaluation_steps(config()) == []
+    assert evaluations(config(**held_out, **{"training.steps": 50})) == 4  # 0, 20, 40, 50
+    assert evaluations(config(**held_out, **{"training.steps": 40})) == 3
+    assert evaluations(config(**held_out, **{"training.steps": 3})) == 2
+    assert evaluations(config()) == 0
 
 
 @pytest.mark.parametrize(

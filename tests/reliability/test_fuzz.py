@@ -120,7 +120,7 @@ def test_any_listing_is_damage_and_reads_nothing_outside(tmp_path, step, files):
 def test_any_log(tmp_path, content):
     (tmp_path / "metrics.jsonl").write_bytes(content)
     if taken_or_refused(lambda: log_end(tmp_path / "metrics.jsonl", 3)):
-        end = log_end(tmp_path / "metrics.jsonl", 3)
+        end, _ = log_end(tmp_path / "metrics.jsonl", 3)
         assert end <= len(content) and all(json.loads(line)["step"] <= 3 for line in content[:end].splitlines())
 
 

@@ -141,7 +141,7 @@ TOML = {  # whole files
 SETS = [
     *("training.steps", "=", "=3", ".=3", "training..steps=3", "training.steps=", "training.steps=x", "steps=3"),
     *("model=3", "training=[]", "training.steps.x=1", "training.steps=[[", "model.lora=1", "training.steps=9e99"),
-    *(f"training.steps={'9' * 5000}", "training.\0=1", "data.train=1"),
+    *(f"training.steps={'9' * 5000}", "training.\0=1", "data.train="),
 ]
 
 

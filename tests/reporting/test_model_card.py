@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from prune_opd.errors import HubError
 from prune_opd.reporting.model_card import model_card
@@ -182,6 +183,9 @@ def run(tmp_path) -> Path:
     config["model"] |= {"model_name_or_path": "Qwen/Qwen3-1.7B", "teacher_model_name_or_path": "../teacher|`x`"}
     config["data"] |= {"train": "BytedTsinghua-SIA/DAPO-Math-17k"}
     step = {"step": 1, "time/total": 3.0, "time/rollout": 1.0, "time/teacher": 0.5, "time/update": 1.0}
+    step |= {"prune_opd/current_max_response_length": 9, "prune_opd/next_max_response_length": 9}
+    step |= {"distillation/overlap_ratio": 0.5, "completions/eos_rate": 0.5, "loss": 1.0, "steps": 2, "eta_seconds": 3}
+    step |= {f"prune_opd/effective_response_length_{of}": 9 for of in ("mean", "p90")}
     step |= {f"tokens/{name}": 100 for name in ("generated", "scored", "trained", "saved")}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "metrics.jsonl").write_text(json.dumps(step) + "\n")
@@ -196,6 +200,22 @@ def test_names_of_the_hub_become_metadata_and_links(run):
     assert "1 of 2 steps" in card.text and "Not evaluated yet" in card.text and card.data.eval_results is None
     assert "At most 50% of the tokens were not generated (100 of 200)" in card.text
     assert ModelCard(str(card)).data.to_dict() == card.data.to_dict(), "the metadata is valid YAML"
+
+
+def test_the_tables_of_a_card_are_tables(run):
+    """A blank line between two rows would end the table, and the Hub would show raw pipes."""
+    first = {"step": 0, "eval/accuracy": 0.5, "eval/ci95": [0.4, 0.6], "eval/per_problem": [0.5, 0.5], "time/eval": 1.0}
+    first |= {"eval/mean_length": 9.0, "eval/eos_rate": 1.0}
+    log = run / "metrics.jsonl"
+    log.write_text(json.dumps(first) + "\n" + log.read_text().strip()[:-1] + f", {json.dumps(first)[12:]}\n")
+    text = model_card(run).text
+    tokens = MarkdownIt().enable("table").parse(text)
+    rows = [0]
+    for token in tokens:
+        rows += [0] * (token.type == "table_open")
+        rows[-1] += token.type == "tr_open"
+    assert rows[1:] == [9, 3, 5], "settings, scores, cost, each with its head"
+    assert not [t for t in tokens if t.type == "inline" and t.content.startswith("|")], "raw pipes"
 
 
 def test_a_long_log_takes_no_more_memory_than_a_short_one(run):

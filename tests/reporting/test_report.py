@@ -17,8 +17,9 @@ from rich.console import Console
 from prune_opd.config import load_config
 from prune_opd.errors import RunLogError
 from prune_opd.experiments.compare import compare
+from prune_opd.reporting.records import bytes_of_text
 from prune_opd.reporting.report import arm_rows, page_run, render, write_report
-from prune_opd.reporting.run_logs import bytes_of_text, read_runs
+from prune_opd.reporting.run_logs import read_runs
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
 SMALL = [
@@ -376,7 +377,7 @@ def test_what_is_no_run_is_refused(tmp_path, run):
         write_report([run, run], tmp_path / "report.html")
     log = run / "metrics.jsonl"
     log.write_text("not json\n" + log.read_text())
-    with pytest.raises(RunLogError, match=r"metrics\.jsonl, line 1 is no JSON"):
+    with pytest.raises(RunLogError, match=r"metrics\.jsonl:1: no JSON"):
         write_report([run])
 
 
@@ -402,10 +403,10 @@ def test_a_long_run_of_many_arms_stays_below_five_megabytes(run, tmp_path):
     """Three runs of 200 steps; rollouts of 512 tokens, all of whose characters take six bytes."""
     metrics, drift, rollouts = (lines(run / f"{name}.jsonl")[1] for name in ("metrics", "drift", "rollouts"))
     metrics |= {"prune_opd/current_max_response_length": 4096}
-    drift |= {
-        "shared": [b64encode(zlib.compress(bytes([3, 1, 8, 6, 5, 2, 4, 7]) * 512)).decode()],
-        "weight_by_position": [1.2345] * 4096,
-    }
+    drift |= {name: drift[name][:1] for name in ("finished", "stopped", "effective_length", "onset")}
+    text = b64encode(zlib.compress(bytes([3, 1, 8, 6, 5, 2, 4, 7]) * 512)).decode()
+    drift |= {name: [text] for name in ("shared", "mass", "above")}
+    drift |= {"length": [4096], "weight_by_position": [1.2345] * 4096}
     times = 512 // len(rollouts["token_ids"])
     rollouts |= {name: rollouts[name] * times for name in ("token_ids", "weight", "shared", "teacher_logprob")}
     for side in ("student", "teacher"):

@@ -24,7 +24,7 @@ from prune_opd.errors import (
 from prune_opd.evaluation.graders import grade
 from prune_opd.models import loading as models
 from prune_opd.models.loading import resolve_model
-from prune_opd.reporting.run_logs import bytes_of_text
+from prune_opd.reporting.records import bytes_of_text
 from prune_opd.training.trainer import Trainer
 from tests.openai_server import serving
 

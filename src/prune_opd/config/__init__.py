@@ -1,6 +1,6 @@
 """Every setting of a run, how a recipe is read, and what may not be combined."""
 
-from prune_opd.config.load import load_config, parse_config, setting_names, with_settings
+from prune_opd.config.load import load_config, parse_config, placed, with_settings
 from prune_opd.config.rules import settings_without_effect
 from prune_opd.config.schema import (
     Config,
@@ -22,6 +22,7 @@ from prune_opd.config.schema import (
     TrainingSection,
     VLLMServerSection,
 )
+from prune_opd.config.words import setting_names
 
 __all__ = [
     "Config",
@@ -44,6 +45,7 @@ __all__ = [
     "VLLMServerSection",
     "load_config",
     "parse_config",
+    "placed",
     "setting_names",
     "settings_without_effect",
     "with_settings",

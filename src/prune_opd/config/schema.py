@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
+from prune_opd.config.values import Address, Folder, Name, storable
 from prune_opd.core.choices import (
     AfterDrift,
     DriftMetric,
@@ -22,9 +23,17 @@ from prune_opd.core.choices import (
 
 
 class Section(BaseModel):
-    """Unknown names are errors. Neither `true` nor "3" is a number. Nothing can be set after loading."""
+    """Unknown names are errors. Neither `true` nor "3" is a number. Nothing can be set after loading.
+
+    `examples` of a field are values that work, for messages, where its default shows none.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*")
+    @classmethod
+    def _every_value_is_storable(cls, value: Any) -> Any:
+        return storable(value)
 
 
 class LoraSection(Section):
@@ -33,13 +42,15 @@ class LoraSection(Section):
     r: PositiveInt = Field(16, description="Rank of the adapters.")
     alpha: PositiveInt = Field(32, description="Scale of the adapters; the update is multiplied by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapters.")
-    target_modules: list[str] | Literal["all-linear"] = Field("all-linear", description="Modules that get adapters.")
+    target_modules: list[Name] | Literal["all-linear"] = Field("all-linear", description="Modules that get adapters.")
 
 
 class TeacherServerSection(Section):
     """Requests to `model.teacher_model_server_url`. Their API key is the environment's PRUNE_OPD_SERVER_API_KEY."""
 
-    model: str | None = Field(None, description="Name of the teacher on the servers; unset, its own.")
+    model: Name | None = Field(
+        None, examples=["owner/teacher"], description="Name of the teacher on the servers; unset, its own."
+    )
     top_logprobs: PositiveInt = Field(
         20, description="Teacher tokens asked for at each position; at most the servers' --max-logprobs."
     )
@@ -51,15 +62,17 @@ class TeacherServerSection(Section):
 class ModelSection(Section):
     """Student and teacher. `embedded:NAME` is a model that ships with the package."""
 
-    model_name_or_path: str = Field(
-        description="Student: a folder or Hub id, also of a peft adapter, or embedded:NAME."
+    model_name_or_path: Name = Field(
+        examples=["embedded:low-student"],
+        description="Student: a folder or Hub id, also of a peft adapter, or embedded:NAME.",
     )
-    teacher_model_name_or_path: str = Field(
-        description="Teacher: a folder or Hub id, also of a peft adapter, or embedded:NAME."
+    teacher_model_name_or_path: Name = Field(
+        examples=["embedded:teacher"],
+        description="Teacher: a folder or Hub id, also of a peft adapter, or embedded:NAME.",
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the student's weights.")
     teacher_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the teacher's weights.")
-    attn_implementation: str = Field("sdpa", description="Attention of both models, as transformers names it.")
+    attn_implementation: Name = Field("sdpa", description="Attention of both models, as transformers names it.")
     compile: bool = Field(
         False, description="torch.compile for decoding, scoring and the update: slow to start, faster from then on."
     )
@@ -70,8 +83,10 @@ class ModelSection(Section):
     lora: LoraSection | None = Field(
         None, description="Train adapters instead of all weights; `false` where an extended recipe has some."
     )
-    teacher_model_server_url: str | list[str] | None = Field(
-        None, description="Address of a vLLM server that scores in the teacher's place, or a list of replicas."
+    teacher_model_server_url: Address | list[Address] | None = Field(
+        None,
+        examples=["http://127.0.0.1:8000"],
+        description="Address of a vLLM server that scores in the teacher's place, or a list of replicas.",
     )
     teacher_server: TeacherServerSection = Field(default_factory=TeacherServerSection, description="Requests to it.")
 
@@ -84,15 +99,22 @@ class ModelSection(Section):
 class DataSection(Section):
     """Where prompts come from."""
 
-    train: str = Field(
-        description="JSONL, parquet, local folder, Hub id, or task:chain_sum | running_sum | count_animals."
+    train: Name = Field(
+        examples=["task:chain_sum"],
+        description="JSONL, parquet, local folder, Hub id, or task:chain_sum | running_sum | count_animals.",
     )
-    split: str = Field("train", description="Split of a data set that has several.")
-    prompt_column: str | None = Field(None, description="Column with the prompt; found by itself when unset.")
-    answer_column: str | None = Field(None, description="Column with the gold answer; found by itself when unset.")
+    split: Name = Field("train", description="Split of a data set that has several.")
+    prompt_column: Name | None = Field(
+        None, examples=["prompt"], description="Column with the prompt; found by itself when unset."
+    )
+    answer_column: Name | None = Field(
+        None, examples=["answer"], description="Column with the gold answer; found by itself when unset."
+    )
     prompt_suffix: str = Field("", description="Added to each prompt, unless the prompt ends with it already.")
     chat_template_kwargs: dict[str, Any] = Field(
-        {}, description="Variables of the tokenizer's chat template, for example enable_thinking = false."
+        {},
+        examples=[{"enable_thinking": False}],
+        description="Variables of the tokenizer's chat template, for example enable_thinking = false.",
     )
     max_prompt_length: PositiveInt = Field(1024, description="Prompts of more tokens are left out and counted.")
 
@@ -100,9 +122,12 @@ class DataSection(Section):
 class VLLMServerSection(Section):
     """Requests to `rollout.vllm_server_url`. Their API key is the environment's PRUNE_OPD_SERVER_API_KEY."""
 
-    model: str | None = Field(None, description="Name of the student on the servers; unset, its own.")
-    weights_dir: str | None = Field(
+    model: Name | None = Field(
+        None, examples=["owner/student"], description="Name of the student on the servers; unset, its own."
+    )
+    weights_dir: Folder | None = Field(
         None,
+        examples=["/shared/weights"],
         description="Folder for weights that the servers can read too; unset, a temporary one on this machine.",
     )
     timeout: float = Field(1800.0, gt=0, description="Seconds of silence after which a request counts as lost.")
@@ -122,11 +147,14 @@ class RolloutSection(Section):
         False, description="Sample the next step's rollouts while this one updates; their policy is one update old."
     )
     dtype: Literal["float32", "bfloat16"] | None = Field(
-        None, description="Type of the weights that rollouts are decoded with; unset, the student's own."
+        None,
+        examples=["bfloat16"],
+        description="Type of the weights that rollouts are decoded with; unset, the student's own.",
     )
     use_vllm: bool = Field(False, description="Sample with vLLM, whose weights are synchronised at every step.")
-    vllm_server_url: str | list[str] | None = Field(
+    vllm_server_url: Address | list[Address] | None = Field(
         None,
+        examples=["http://127.0.0.1:8000"],
         description="Address of a vLLM server that samples, or a list of replicas; unset, an engine in this process.",
     )
     vllm_server: VLLMServerSection = Field(default_factory=VLLMServerSection, description="Requests to it.")
@@ -136,6 +164,7 @@ class RolloutSection(Section):
     )
     importance_sampling_cap: float | None = Field(
         None,
+        examples=[2.0],
         gt=0,
         description="With use_vllm, ahead, dtype: weigh tokens by min(cap, p_trainer / p_sampler); unset, not at all.",
     )
@@ -161,7 +190,9 @@ class RewardSection(Section):
     """A verifiable reward of the task, beside the teacher's signal: loss = task + opd_kl_coef · teacher."""
 
     function: str | None = Field(
-        None, description="grade (1 where the response is right), or package.module:name; docs/rewards.md."
+        None,
+        examples=["grade"],
+        description="grade (1 where the response is right), or package.module:name; docs/rewards.md.",
     )
     opd_kl_coef: float = Field(1.0, ge=0, description="Factor of the teacher's signal, as in slime; the task has 1.")
     after_drift: AfterDrift = Field(
@@ -192,7 +223,9 @@ class InFlightSection(Section):
     chunk: PositiveInt = Field(128, description="Decode steps between two checks; changes the cost, not the result.")
     min_tokens: int = Field(0, ge=0, description="A rollout keeps at least this many tokens.")
     stop_after_events: PositiveInt | None = Field(
-        None, description="Stop after so many drift events; unset, when reliability is 0 (1 / w_drop events)."
+        None,
+        examples=[100],
+        description="Stop after so many drift events; unset, when reliability is 0 (1 / w_drop events).",
     )
     audit_share: float = Field(
         1 / 16, ge=0, le=1, description="Share of rollouts never stopped, to see what is cut off."
@@ -233,10 +266,14 @@ class ControlSection(Section):
     """Controls that `compare` writes, one entry for each step, to hold Prune-OPD against. No part of the method."""
 
     lengths: list[PositiveInt] | None = Field(
-        None, description="Longest response of each step, in place of the window: arms ramp and replay."
+        None,
+        examples=[[256, 512]],
+        description="Longest response of each step, in place of the window: arms ramp and replay.",
     )
     kept_tokens: list[PositiveInt] | None = Field(
-        None, description="Tokens of each step that train, at random positions, in place of weights: arm random."
+        None,
+        examples=[[1000, 1000]],
+        description="Tokens of each step that train, at random positions, in place of weights: arm random.",
     )
 
 
@@ -254,22 +291,28 @@ class TrainingSection(Section):
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW β2.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     micro_batch_tokens: PositiveInt | None = Field(
-        None, description="Padded tokens in one forward and backward; unset, 2048 on a CPU and 16384 elsewhere."
+        None,
+        examples=[2048],
+        description="Padded tokens in one forward and backward; unset, 2048 on a CPU and 16384 elsewhere.",
     )
     bf16: bool = Field(False, description="bfloat16 autocast in the update's forward; weights keep their type.")
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in backward: less memory, more time."
     )
     seed: int = Field(0, ge=0, description="Seed of everything: order, sampling, initialisation of adapters.")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps ...")
+    device: Name = Field("auto", description="auto, cpu, cuda, cuda:1, mps ...")
     parallel: Literal["ddp", "fsdp2"] = Field(
         "ddp", description="Under torchrun, each process holds the whole student and AdamW state, or a shard."
     )
-    threads: int = Field(1, ge=0, description="CPU threads of torch (0 leaves its default); one is best on busy cores.")
+    threads: int = Field(
+        1, ge=0, le=1024, description="CPU threads of torch (0 leaves its default); one is best on busy cores."
+    )
     save_every: PositiveInt = Field(50, description="Steps between checkpoints; the last step is always saved.")
     keep_last: PositiveInt = Field(2, description="Newest checkpoints kept.")
     keep_every: PositiveInt | None = Field(
-        None, description="Checkpoints at multiples of it are kept for good; itself a multiple of save_every."
+        None,
+        examples=[100],
+        description="Checkpoints at multiples of it are kept for good; itself a multiple of save_every.",
     )
     max_skipped_steps: int = Field(
         3, ge=0, description="Steps with NaN or infinite numbers that are skipped before the run stops."
@@ -279,8 +322,14 @@ class TrainingSection(Section):
 class EvaluationSection(Section):
     """Validation during training, on held-out problems; its time is reported apart."""
 
-    data: str | None = Field(None, description="Like data.train; a task: draws from its held-out problems.")
-    split: str | None = Field(None, description="Split of evaluation.data; unset, that of data.split.")
+    data: Name | None = Field(
+        None,
+        examples=["task:chain_sum"],
+        description="Like data.train; a task: draws from its held-out problems.",
+    )
+    split: Name | None = Field(
+        None, examples=["test"], description="Split of evaluation.data; unset, that of data.split."
+    )
     every: PositiveInt = Field(20, description="Steps between evaluations; the last step is always evaluated.")
     num_problems: PositiveInt = Field(100, description="Problems used, the first ones of the data.")
     k: PositiveInt = Field(16, description="Samples of each problem: Avg@k.")
@@ -292,7 +341,9 @@ class EvaluationSection(Section):
 class TrackingSection(Section):
     """Where numbers go besides metrics.jsonl, which is always written."""
 
-    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field([], description="Trackers to write to as well.")
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        [], examples=[["wandb"]], description="Trackers to write to as well."
+    )
     rollouts_per_step: int = Field(2, ge=0, description="Rollouts written to rollouts.jsonl at each step.")
     rollout_tokens: int = Field(512, ge=0, description="First tokens of each, which get weights and candidates.")
     rollout_candidates: PositiveInt = Field(5, description="Top candidates of each model written for such a token.")

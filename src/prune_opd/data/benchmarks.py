@@ -57,12 +57,16 @@ def load_benchmark(
     split: str = "test",
     num_problems: int | None = None,
     prompt_suffix: str | None = None,
+    prompt_column: str | None = None,
+    answer_column: str | None = None,
 ) -> Sequence[Prompt]:
     """The problems of a benchmark as prompts, the first `num_problems` or all.
 
     name_or_path: a name of `BENCHMARKS`, in any spelling (AIME24, aime_24); or task:NAME or reasoning_gym:NAME, whose
     held-out problems have no end (100 when num_problems is unset); or a file, a folder or a Hub id, read as it is.
     `split` matters only for the last three.
+
+    prompt_column, answer_column: of a file, folder or Hub id; unset, they are found (`load_prompts`).
 
     prompt_suffix: unset, benchmarks by name get `BOXED_SUFFIX`, since only a stated answer is graded, and others none.
 
@@ -74,7 +78,14 @@ def load_benchmark(
     name = None if as_it_is else {_plain(known): known for known in BENCHMARKS}.get(_plain(name_or_path))
     if prompt_suffix is None:
         prompt_suffix = BOXED_SUFFIX if name else ""
-    data = DataSection(train=name_or_path, split=split, prompt_suffix=prompt_suffix, max_prompt_length=NO_LIMIT)
+    data = DataSection(
+        train=name_or_path,
+        split=split,
+        prompt_suffix=prompt_suffix,
+        prompt_column=prompt_column,
+        answer_column=answer_column,
+        max_prompt_length=NO_LIMIT,
+    )
     if name is None:
         if not as_it_is and not re.search(r"[/.]", name_or_path):
             raise DataError(

@@ -6,11 +6,13 @@ measured, and what a recipe trains on is its author's choice.
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,10 @@ from prune_opd.types import Prompt
 PROMPT_COLUMNS = ("prompt", "messages", "problem", "question")
 ANSWER_COLUMNS = ("reward_model.ground_truth", "answer")
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
+NO_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
 SPLIT_WORDS = {"train", "training", "test", "validation", "valid", "val", "dev", "eval"}
+
+MUCH_SPACE = 1_000_000  # characters of white space in one prompt that are tokenised to see what is left of them
 
 Row = tuple[str, Mapping[str, Any]]  # where it stands, for messages, and its columns
 Chat = list[dict[str, str]]
@@ -72,10 +77,12 @@ def load_prompts(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> Promp
         raise DataError(f"{data.train}: there is no row in it; expected one prompt a row")
 
     # No token is longer than the longest of the vocabulary: what cannot fit is not tokenised, since megabytes without a
-    # space take minutes and gigabytes.
+    # space take minutes and gigabytes. White space may be dropped or joined up, so little of it counts for nothing.
     longest = data.max_prompt_length
     most = longest * max(map(len, tokenizer.get_vocab()))
-    may_fit = [i for i, text in enumerate(texts) if len(text) <= most]
+    may_fit = [
+        i for i, text in enumerate(texts) if len(text) <= most + MUCH_SPACE and len(" ".join(text.split())) <= most
+    ]
     tokens = dict(zip(may_fit, tokenize([texts[i] for i in may_fit], tokenizer), strict=True))
     for i, ids in tokens.items():
         if not ids:
@@ -124,11 +131,15 @@ def _file_rows(path: Path) -> Iterator[Row]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
-    """One object a line; empty lines are skipped. `datasets` would not say which line is broken."""
+    """One object a line, or one list of objects; empty lines are skipped. `datasets` would not say what is broken."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from error
+    if content.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+        yield from _json_rows(path, content)
+        return
+    lines = content.split(b"\n")
     for number, line in enumerate(lines, start=1):
         where = f"{path}:{number}"
         try:
@@ -145,6 +156,24 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
                 f'{where}: expected a JSON object such as {{"prompt": ...}}, got {_kind(row)}; write one object a line'
             )
         yield where, row
+
+
+def _json_rows(path: Path, content: bytes) -> Iterator[Row]:
+    """The objects of a list."""
+    try:
+        rows = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_object, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise DataError(
+            f"{path}{line}: not valid JSON ({error}); expected a list of objects, in UTF-8; repair the file"
+        ) from error
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(
+                f'{path}[{i}]: expected a JSON object such as {{"prompt": ...}}, got {_kind(row)}; '
+                "write a list of objects"
+            )
+        yield f"{path}[{i}]", row
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -182,12 +211,16 @@ def _folder_rows(folder: Path, split: str) -> Iterator[Row]:
     files = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix in (".jsonl", ".parquet")
+        if path.suffix in (*JSONL_SUFFIXES, ".parquet")
+        and path.name not in NO_ROWS
         and path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
     if not files:
-        raise DataError(f"{folder}: no .jsonl or .parquet file in this folder; expected some, or a save_to_disk folder")
+        raise DataError(
+            f"{folder}: no .jsonl, .ndjson, .json or .parquet file in this folder; expected some, or a save_to_disk "
+            "folder"
+        )
     words = {path: set(re.split(r"[\W_]+", str(path.relative_to(folder)).lower())) for path in files}
     if any(words[path] & SPLIT_WORDS for path in files):  # as on the Hub, file names say which split is whose
         chosen = [path for path in files if split.lower() in words[path]]
@@ -261,7 +294,7 @@ def _answer(where: str, row: Mapping[str, Any], column: str | None) -> str | Non
         value = next((v for v in (_lookup(row, name)[1] for name in ANSWER_COLUMNS) if _is_scalar(v)), None)
     if value is None or value != value:  # NaN is what a data frame has where there is nothing
         return None
-    text = str(value).strip()
+    text = f"{value:f}" if isinstance(value, Decimal) else str(value).strip()
     _check_characters(f"{where}, the gold answer", text)
     if worked := re.search(r"####[ \t]*(\S.*)\Z", text):
         return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", worked[1])
@@ -279,7 +312,7 @@ def _lack(row: Mapping[str, Any], column: str | None) -> str:
 
 
 def _is_scalar(value: Any) -> bool:
-    return isinstance(value, str | int | float) and not isinstance(value, bool)
+    return isinstance(value, str | int | float | Decimal) and not isinstance(value, bool)
 
 
 def _lookup(row: Mapping[str, Any], name: str) -> tuple[bool, Any]:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from prune_opd.config import Config, with_settings
-from prune_opd.errors import CheckpointError, ConfigError, RunLogError
-from prune_opd.reporting.run_logs import read_lines, trained
-from prune_opd.training.files import read_json
+from prune_opd.errors import ConfigError, RunLogError
+from prune_opd.reporting.records import THIS_WINDOW, read_lines
+from prune_opd.reporting.run_logs import read_config, trained
 
 PRUNE = {"pruning.enable": True, "pruning.reweight": True, "pruning.in_flight.enable": False}
 WINDOW = {"pruning.dynamic_response_length.enable": True}
@@ -115,11 +115,11 @@ def read_reference(run_dir: Path, config: Config, seed: int) -> Reference:
     Raises ConfigError when it is no such run: another seed, other prompts a step, too few steps, no window.
     """
     try:
-        theirs = read_json(run_dir / "config.json")
+        theirs = read_config(run_dir).model_dump()
         records = list(read_lines(run_dir / "metrics.jsonl"))
         metrics = {row["step"]: row for row in records if trained(row)}
         drift = {row["step"]: row for row in read_lines(run_dir / "drift.jsonl")}
-    except (OSError, CheckpointError, RunLogError) as error:
+    except RunLogError as error:
         raise ConfigError(f"{run_dir} is no run to follow ({error}); give a run directory as --reference") from None
     steps, ours = config.training.steps, with_settings(config, **{"training.seed": seed}).model_dump()
     for section, name in (("training", "seed"), ("rollout", "prompts_per_step"), ("rollout", "num_generations")):
@@ -136,7 +136,7 @@ def read_reference(run_dir: Path, config: Config, seed: int) -> Reference:
             f"{run_dir} has {done} of the {steps} steps to follow; finish it with `prune-opd train RECIPE "
             "--resume auto`, or set training.steps to what it has"
         )
-    lengths = {step: row["prune_opd/current_max_response_length"] for step, row in metrics.items()}
+    lengths = {step: row[THIS_WINDOW] for step, row in metrics.items()}
     kept = {step: max(1, sum(row["effective_length"])) for step, row in drift.items()}  # a step must train on something
     return Reference(run_dir, _each_step(lengths, steps), _each_step(kept, steps))
 

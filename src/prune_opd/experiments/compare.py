@@ -23,7 +23,8 @@ from prune_opd.experiments.arms import (
     run_order,
 )
 from prune_opd.experiments.results import plot_results, results_table, run_record, write_results
-from prune_opd.reporting.run_logs import read_lines
+from prune_opd.reporting.records import read_lines
+from prune_opd.training.files import check_writable
 from prune_opd.training.trainer import Trainer
 
 
@@ -50,6 +51,7 @@ def compare(
     check_arms(config, arms, references=reference is not None)
     if config.evaluation.data is None:
         raise ConfigError("compare needs held-out problems to compare on; set evaluation.data in the recipe")
+    check_writable(output_dir)
     if output_dir.exists() and any(output_dir.iterdir()) and not resume:
         raise RunDirectoryError(
             f"{output_dir} exists and is not empty; choose another --output-dir, or go on with --resume"
@@ -132,7 +134,7 @@ def _run(
         raise RunInterrupted(
             f"{str(error).split(';')[0]}; go on with the same command, with --resume and --output-dir {run_dir.parent}"
         ) from None
-    return run_record(run_dir, seed, vars(totals))
+    return run_record(run_dir, seed, vars(totals), config)
 
 
 def _run_dir(output_dir: Path, arm: str, seed: int) -> Path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,13 +19,31 @@ from rich.table import Table
 
 from prune_opd.config import EvaluationSection, ModelSection
 from prune_opd.data.benchmarks import load_benchmark
-from prune_opd.errors import ModelError, RunDirectoryError
+from prune_opd.errors import CheckpointError, ModelError, PruneOPDError, RunDirectoryError
 from prune_opd.evaluation.evaluate import Evaluation, evaluate
 from prune_opd.models import loading as models
 from prune_opd.reporting.console import duration
 from prune_opd.rollout.local import LocalSampler
 from prune_opd.training.build import environment
+from prune_opd.training.checkpoint import latest_checkpoint
+from prune_opd.training.files import check_writable
 
+OPTIONS = {  # of `prune-opd eval`, by the setting that they take the place of
+    "data.train": "--benchmark",
+    "evaluation.data": "--benchmark",
+    "data.split": "--split",
+    "data.prompt_column": "--prompt-column",
+    "data.answer_column": "--answer-column",
+    "data.prompt_suffix": "--prompt-suffix",
+    "training.device": "--device",
+    "training.threads": "--threads",
+    "training.seed": "--seed",
+    "model.model_name_or_path": "MODEL",
+    "model.dtype": "--dtype",
+    "rollout.slots": "--slots",
+    **{f"evaluation.{name}": f"--{name.replace('_', '-')}" for name in ("k", "temperature", "top_p", "max_tokens")},
+    "evaluation.num_problems": "--num-problems",
+}
 ANSWERS_PER_SLOT = 2  # sampled in one go: more fills the slots better at its end, fewer show progress more often
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
 
@@ -39,25 +59,26 @@ def evaluate_model(
     split: str = "test",
     num_problems: int | None = None,
     prompt_suffix: str | None = None,
+    prompt_column: str | None = None,
+    answer_column: str | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     device: str = "auto",
     threads: int = 1,
     slots: int = 64,
     seed: int = 0,
 ) -> Evaluation:
-    """Evaluate a model (a folder, a Hub id or embedded:NAME) and print a table.
+    """Evaluate a model (a folder, a Hub id or embedded:NAME; of a run, its last checkpoint) and print a table.
 
     Writes eval.json and responses.jsonl into output_dir, which must be new or empty. settings.max_tokens is lowered,
     with a warning, to what the model has positions for. threads: of torch on the CPU, 0 leaves them alone. slots:
     answers that decode at once. Raises ModelError, DataError, ConfigError and RunDirectoryError, all before the first
     token.
     """
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise RunDirectoryError(
-            f"{output_dir} exists and is not empty; results are never overwritten. Choose another --output-dir"
-        )
+    _check_new(output_dir)
+    torch_device = models.resolve_device(device)
     if threads:
         torch.set_num_threads(threads)
+    model_name = _checkpoint_of(model_name, console)
     section = ModelSection(model_name_or_path=model_name, teacher_model_name_or_path=model_name)
     tokenizer = models.load_tokenizer(model_name, section)
     prompts = load_benchmark(
@@ -67,9 +88,11 @@ def evaluate_model(
         split=split,
         num_problems=num_problems,
         prompt_suffix=prompt_suffix,
+        prompt_column=prompt_column,
+        answer_column=answer_column,
     )
-    torch_device = models.resolve_device(device)
     model = models.load_model(model_name, section, dtype=dtype, device=torch_device).eval()
+    models.check_ids(model, model_name, (i for prompt in prompts for i in (*prompt.token_ids, tokenizer.pad_token_id)))
     settings = _fitted(settings, model, model_name, max(len(p.token_ids) for p in prompts), console)
     sampler = LocalSampler(
         model, pad_id=tokenizer.pad_token_id, eos_ids=models.end_ids(model.generation_config, tokenizer), slots=slots
@@ -104,6 +127,40 @@ def evaluate_model(
     console.print(_table(found, settings))
     console.print(f"answers: {output_dir / 'responses.jsonl'}", markup=False, highlight=False, soft_wrap=True)
     return found
+
+
+def _check_new(output_dir: Path) -> None:
+    check_writable(output_dir)
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise RunDirectoryError(
+            f"{output_dir} exists and is not empty; results are never overwritten. Choose another --output-dir"
+        )
+
+
+def _checkpoint_of(name: str, console: Console) -> str:
+    """The last whole checkpoint where `name` is a run directory, which is said; else `name`."""
+    run_dir = Path(name)
+    if not os.path.isdir(run_dir / "checkpoints") and not os.path.isfile(run_dir / "metrics.jsonl"):
+        return name
+    found, passed_over = latest_checkpoint(run_dir / "checkpoints")
+    if found is None:
+        why = f": {passed_over[-1]}" if passed_over else ""
+        raise CheckpointError(f"{name} is a run directory without a whole checkpoint{why}; evaluate it when it has one")
+    console.print(f"{name} is a run directory; this is its last checkpoint, {found}", markup=False, soft_wrap=True)
+    return str(found)
+
+
+@contextmanager
+def errors_of_eval() -> Iterator[None]:
+    """What other modules say of settings, `eval` says of its options."""
+    try:
+        yield
+    except PruneOPDError as error:
+        text = str(error)
+        for setting, option in OPTIONS.items():
+            text = re.sub(rf"\b{re.escape(setting)}\b", option, text)
+        error.args = (text, *error.args[1:])
+        raise
 
 
 def _fitted(

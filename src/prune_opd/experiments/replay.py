@@ -20,11 +20,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from prune_opd.config import Config, PruningSection, parse_config
+from prune_opd.config import Config, PruningSection
 from prune_opd.core.drift import SAFE_SHARE, drift_report
 from prune_opd.core.window import TrainingWindow
 from prune_opd.errors import ConfigError, RunLogError
 from prune_opd.reporting.drift_log import LoggedStep, read_drift
+from prune_opd.reporting.records import write_text
+from prune_opd.reporting.run_logs import read_config
 
 SHORT_NAMES = {"overlap_ratio": "overlap", "overlap_mass": "mass", "teacher_top_p_accept": "nucleus"}
 
@@ -92,25 +94,15 @@ def replay(
             stacklevel=2,
         )
     logged, found = what_if(config, read_drift(run_dir), settings)
+    if not logged.tokens:
+        raise RunLogError(f"{run_dir / 'drift.jsonl'} holds no step yet; replay the run when it has done some")
     choice = suggested_threshold(found, logged.ended)
     _print(console, run_dir, config, logged, found, choice)
     path = json_path or run_dir / "replay.json"
     content = {"log": asdict(logged), "settings": [asdict(f) for f in found], "suggested_threshold": choice}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1) + "\n", "--json")
     console.print(f"written to {path}", soft_wrap=True, highlight=False)
     return found
-
-
-def read_config(run_dir: Path) -> Config:
-    """The settings that a run was made with."""
-    path = run_dir / "config.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunLogError(f"{path}: no settings of a run ({error}); give the directory of a run") from None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about settings without effect: config.json lists all settings
-        return parse_config(settings, where=str(path))
 
 
 def variants(

@@ -12,15 +12,27 @@ from rich import box
 from rich.table import Table
 
 from prune_opd.config import Config
-from prune_opd.reporting.run_logs import read_lines, trained
+from prune_opd.errors import RunLogError
+from prune_opd.reporting.records import THIS_WINDOW
+from prune_opd.reporting.run_logs import read_metrics, trained
 from prune_opd.reporting.statistics import QUANTITIES, difference, evaluation_curve, seconds_to, spread, summary
 
 BASELINE = "opd"  # the arm that others are compared with, if it is among them
 
 
-def run_record(run_dir: Path, seed: int, totals: dict[str, float]) -> dict[str, Any]:
-    """What a comparison keeps of one finished run, read from its metrics.jsonl."""
-    records = list(read_lines(run_dir / "metrics.jsonl"))
+def run_record(run_dir: Path, seed: int, totals: dict[str, float], config: Config) -> dict[str, Any]:
+    """What a comparison keeps of one finished run, read from its metrics.jsonl.
+
+    Raises RunLogError where that lacks an evaluation, which leaves nothing to compare.
+    """
+    records = list(read_metrics(run_dir))
+    every, steps = config.evaluation.every, config.training.steps
+    lacking = {0, *range(every, steps, every), steps} - {r["step"] for r in records if "eval/accuracy" in r}
+    if lacking:
+        raise RunLogError(
+            f"{run_dir / 'metrics.jsonl'} lacks the evaluation after step {min(lacking)}, which arms are compared by; "
+            f"put it back from a copy, or remove {run_dir} to run it again"
+        )
     last = [r for r in records if "eval/accuracy" in r][-1]
     return {
         "seed": seed,
@@ -28,7 +40,7 @@ def run_record(run_dir: Path, seed: int, totals: dict[str, float]) -> dict[str, 
         "accuracy": last["eval/accuracy"],
         "per_problem": last["eval/per_problem"],
         "evaluations": evaluation_curve(records),
-        "window": [r["prune_opd/current_max_response_length"] for r in records if trained(r)],
+        "window": [r[THIS_WINDOW] for r in records if trained(r)],
         **{name: totals[name] for name in QUANTITIES},
     }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -21,7 +23,8 @@ from transformers import (
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, cached_file
 
 from prune_opd.config import Config, LoraSection, ModelSection
-from prune_opd.errors import ModelError, TokenizerError
+from prune_opd.config.words import shown
+from prune_opd.errors import ConfigError, ModelError, TokenizerError
 from prune_opd.models.causal_lm import check_compiler, check_liger
 
 if TYPE_CHECKING:
@@ -122,14 +125,19 @@ def _file_of(path: str, file: str, *, local_files_only: bool = False) -> str | N
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the accelerator where there is one, else the CPU."""
-    if name != "auto":
-        try:
-            return torch.device(name)
-        except RuntimeError as error:
-            raise ModelError(f"training.device = {name!r} is no device that torch knows: {error}") from None
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")
+    """`auto` is the accelerator where there is one, else the CPU. ConfigError for a device that is not here."""
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    there_are = ["cpu"]
+    if here is not None:
+        there_are += [here.type, *(f"{here.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    if name == "auto":
+        return here or torch.device("cpu")
+    if name in there_are:
+        return torch.device(name)
+    raise ConfigError(
+        f"training.device = {name!r} is no device of this machine, as torch {torch.__version__} sees it; there are "
+        f"auto, {', '.join(there_are)}"
+    )
 
 
 def load_model(name: str, settings: ModelSection, *, dtype: str, device: torch.device) -> PreTrainedModel:
@@ -148,7 +156,7 @@ def load_model(name: str, settings: ModelSection, *, dtype: str, device: torch.d
             use_safetensors=True,
             **({"revision": adapters[0].settings.revision} if adapters and adapters[0].settings.revision else {}),
         )
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # whatever transformers makes of files that are damaged or of another kind; chained
         raise ModelError(_not_loaded(name, adapters, error)) from error
     for adapter in adapters:
         model = _merged(model, adapter)
@@ -158,7 +166,7 @@ def load_model(name: str, settings: ModelSection, *, dtype: str, device: torch.d
 def _not_loaded(name: str, adapters: list[Adapter], error: Exception) -> str:
     if not adapters:
         return (
-            f"model {name!r} cannot be loaded: {error}\n"
+            f"model {name!r} cannot be loaded: {type(error).__name__}: {error}\n"
             "Give a folder with config.json and safetensors weights, a Hub id, or embedded:NAME"
         )
     made = "; `make setup-smollm` makes it, and is called, as this is, from the root of the repository"
@@ -222,19 +230,26 @@ def load_student(config: Config, device: torch.device) -> PreTrainedModel:
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraSection) -> PreTrainedModel:
-    """The model with its weights frozen and trainable low-rank adapters beside them."""
+    """The model with its weights frozen and trainable low-rank adapters beside them; ConfigError if they do not fit."""
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(
-        model,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.target_modules,
-        ),
-    )
+    try:
+        return get_peft_model(
+            model,
+            LoraConfig(
+                task_type="CAUSAL_LM",
+                r=lora.r,
+                lora_alpha=lora.alpha,
+                lora_dropout=lora.dropout,
+                target_modules=lora.target_modules,
+            ),
+        )
+    except (ValueError, RuntimeError) as error:  # no such modules; no memory for so large a rank
+        blamed = "target_modules" if isinstance(error, ValueError) else "r"
+        raise ConfigError(
+            f"model.lora.{blamed} does not fit the student ({shown(str(error))}); give modules that it has, "
+            "or all-linear, and a rank below its width"
+        ) from error
 
 
 def load_tokenizer(name: str, settings: ModelSection) -> PreTrainedTokenizerBase:
@@ -248,8 +263,11 @@ def load_tokenizer(name: str, settings: ModelSection) -> PreTrainedTokenizerBase
         folder = resolve_model(adapter.base)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise TokenizerError(f"the tokenizer of {name!r} cannot be loaded: {error}") from error
+    except Exception as error:  # likewise
+        raise TokenizerError(
+            f"the tokenizer of {name!r} cannot be loaded: {type(error).__name__}: {error}\n"
+            "Give a folder with a tokenizer, a Hub id, or embedded:NAME"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise TokenizerError(
             f"the tokenizer of {name!r} has no EOS token, so no rollout could ever end by itself; "
@@ -285,7 +303,21 @@ def end_ids(settings: GenerationConfig | None, tokenizer: PreTrainedTokenizerBas
     """Every id that ends a response: the tokenizer's EOS and those that the model's generation settings name."""
     named = getattr(settings, "eos_token_id", None)
     named = [] if named is None else named if isinstance(named, list) else [named]
+    if not all(type(number) is int for number in named):
+        raise ModelError(
+            f"eos_token_id is {named} in generation_config.json; write the id of a token, or a list of ids"
+        )
     return sorted({tokenizer.eos_token_id, *named})
+
+
+def check_ids(model: PreTrainedModel, name: str, ids: Iterable[int]) -> None:
+    """ModelError where the model has no embedding for one of the ids of its prompts."""
+    rows, highest = model.get_input_embeddings().weight.shape[0], max(ids)
+    if highest >= rows:
+        raise ModelError(
+            f"the tokenizer of {name!r} gives tokens ids up to {highest}, but the model has {rows} of them; use the "
+            "tokenizer that belongs to it"
+        )
 
 
 def shared_vocab_size(student: PreTrainedModel, teacher_size: int, top_k: int) -> int:
@@ -317,9 +349,12 @@ def read_model_config(name: str, settings: ModelSection, *, local_files_only: bo
         return AutoConfig.from_pretrained(
             plain, trust_remote_code=settings.trust_remote_code, local_files_only=local_files_only
         )
-    except (OSError, ValueError):
-        if (Path(plain) / "config.json").is_file():
+    except ModelError:
+        raise
+    except Exception as error:  # whatever transformers makes of a file that is damaged; chained
+        if os.path.isfile(os.path.join(plain, "config.json")):  # which takes names that no file can have
             raise ModelError(
-                f"{plain}/config.json names no model that transformers knows; update it or repair"
-            ) from None
+                f"{plain}/config.json names no model that transformers knows ({type(error).__name__}: {error}); update "
+                "transformers or repair the file"
+            ) from error
         return None

@@ -82,6 +82,7 @@ def examine(config: Config, *, probe_prompts: int, tell: Callable[[Finding], Non
             say(subject, "failed", str(error))
             return None
 
+    attempt("device", _device)
     tokenizers = attempt("tokenizers", _tokenizers)
     attempt("end of a response", _ends, tokenizers)
     attempt("chat template", _chat_templates, tokenizers)
@@ -97,6 +98,10 @@ def examine(config: Config, *, probe_prompts: int, tell: Callable[[Finding], Non
 
 
 # ---- without weights ----
+
+
+def _device(config: Config, say: Tell) -> None:
+    say("device", "ok", str(models.resolve_device(config.training.device)))
 
 
 def _names(config: Config) -> tuple[str, str]:

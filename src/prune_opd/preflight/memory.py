@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from prune_opd.config import Config, ModelSection
 from prune_opd.core.head import CHUNK_BYTES
+from prune_opd.errors import ConfigError
 from prune_opd.models.loading import add_adapters, read_model_config, resolve_device
 from prune_opd.models.packing import default_token_budget
 
@@ -179,9 +180,16 @@ def activation_bytes(
     """Bytes that a forward of the whole network over (rows, width) tokens keeps for the backward, its head left out.
 
     With `recompute`, one layer at a time is made again in the backward and comes on top of what the forward kept.
-    LoRA keeps less than this, since frozen matrices need no input kept: it is an upper bound there.
+    LoRA keeps less than this, since frozen matrices need no input kept: it is an upper bound there. ConfigError where
+    torch cannot count so many tokens.
     """
-    everything = _saved_bytes(model_config, settings, rows, width, bf16=bf16, recompute=False)
+    try:
+        everything = _saved_bytes(model_config, settings, rows, width, bf16=bf16, recompute=False)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"a micro-batch of {rows} x {width} tokens is more than torch can count ({error}); lower "
+            "rollout.max_completion_length, data.max_prompt_length, control.lengths or training.micro_batch_tokens"
+        ) from error
     if not recompute:
         return everything
     kept = _saved_bytes(model_config, settings, rows, width, bf16=bf16, recompute=True)

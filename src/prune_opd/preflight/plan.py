@@ -6,19 +6,24 @@ No weights are loaded and no network is used; see preflight/memory.py for the si
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 
 from prune_opd.config import Config
+from prune_opd.config.values import MOST
+from prune_opd.models.loading import resolve_device
 from prune_opd.preflight.memory import Memory, estimate_memory, memory_rows, size_text
 from prune_opd.preflight.topology import GPUs, topology_rows
 from prune_opd.reporting.wording import flattened
 
 
 def describe_plan(config: Config, gpus: GPUs | None = None) -> str:
-    """The plan, the memory estimate and all settings as text. Raises ModelError for an unknown embedded model.
+    """The plan, the memory estimate and all settings as text.
 
-    gpus: those that the run is meant for; says what each of them holds, and whether it fits.
+    gpus: those that the run is meant for; says what each of them holds, and whether it fits. Raises ModelError for an
+    unknown embedded model, and ConfigError for a device that is not here.
     """
+    resolve_device(config.training.device)
     memory = estimate_memory(config)
     blocks = [
         ("Plan", list(_plan(config, memory))),
@@ -45,7 +50,9 @@ def most_response_tokens(config: Config) -> int:
     if not config.window_is_dynamic:
         return steps * rollouts * config.rollout.max_completion_length
     window = config.pruning.dynamic_response_length
-    return rollouts * sum(min(window.max_len, window.init_len + window.step * done) for done in range(steps))
+    growing = min(steps, -(-(window.max_len - window.init_len) // window.step))  # steps before it is at its largest
+    grown = growing * window.init_len + window.step * growing * (growing - 1) // 2
+    return rollouts * (grown + (steps - growing) * window.max_len)
 
 
 def events_until_unreliable(config: Config) -> int | None:
@@ -53,21 +60,23 @@ def events_until_unreliable(config: Config) -> int | None:
     pruning = config.pruning
     if pruning.w_drop == 0:
         return None
-    count = max(0, int((1 - pruning.positive_eps) / pruning.w_drop) - 1)  # just below; division rounds either way
+    needed = (1 - pruning.positive_eps) / pruning.w_drop
+    if needed > MOST:  # no response is so long
+        return None
+    count = max(0, int(needed) - 1)  # just below; division rounds either way
     while max(0.0, 1 - pruning.w_drop * count) > pruning.positive_eps:
         count += 1
     return count
 
 
-def evaluation_steps(config: Config) -> list[int]:
-    """Steps after which the student is evaluated, 0 being before training."""
-    if config.evaluation.data is None:
-        return []
-    return [0, *_every(config.evaluation.every, config.training.steps)]
+def evaluations(config: Config) -> int:
+    """How often the student is evaluated, before training and after the last step among them."""
+    return 0 if config.evaluation.data is None else 1 + _times(config.evaluation.every, config.training.steps)
 
 
-def _every(period: int, last: int) -> list[int]:
-    return sorted({*range(period, last + 1, period), last})
+def _times(period: int, last: int) -> int:
+    """Steps up to `last` that `period` divides, and `last`."""
+    return last // period + (last % period > 0)
 
 
 def _served(urls: str | list[str]) -> str:
@@ -104,7 +113,7 @@ def _plan(config: Config, memory: Memory) -> Iterator[tuple[str, str]]:
     uncut = f"; at most {budget:,} if no response were cut below {rollout.max_completion_length:,}"
     yield "tokens", f"at most {most:,} sampled and scored in training{uncut if most < budget else ''}"
     yield "evaluation", _evaluation(config)
-    saved = len(_every(training.save_every, training.steps))
+    saved = _times(training.save_every, training.steps)
     size = f", {size_text(memory.checkpoint)} each" if memory.checkpoint is not None else ""
     yield (
         "checkpoints",
@@ -141,7 +150,8 @@ def _drift(config: Config) -> str:
             event = f"{pruning.metric} is below a threshold that is calibrated on the pair before the first step"
         case "overlap_ratio":
             assert pruning.threshold != "auto"
-            needed = next(shared for shared in range(k + 1) if shared / k >= pruning.threshold)
+            around = math.ceil(k * pruning.threshold)  # the product rounds either way
+            needed = next(shared for shared in range(max(0, around - 1), k + 1) if shared / k >= pruning.threshold)
             event = f"student and teacher share fewer than {needed} of their {k} likeliest tokens"
         case "overlap_mass":
             event = (
@@ -180,12 +190,12 @@ def _in_flight(config: Config) -> str:
 
 
 def _evaluation(config: Config) -> str:
-    evaluation, steps = config.evaluation, evaluation_steps(config)
-    if not steps:
+    evaluation, times = config.evaluation, evaluations(config)
+    if not times:
         return "none: evaluation.data is not set"
     answers = evaluation.num_problems * evaluation.k
     return (
-        f"{len(steps)} times (before training, every {evaluation.every} steps, after the last) on {evaluation.data}: "
+        f"{times} times (before training, every {evaluation.every} steps, after the last) on {evaluation.data}: "
         f"Avg@{evaluation.k} on up to {evaluation.num_problems} problems, at most {answers * evaluation.max_tokens:,} "
         "tokens each time"
     )

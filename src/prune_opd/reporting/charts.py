@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from jinja2.utils import htmlsafe_json_dumps
 
-from prune_opd.reporting.run_logs import PHASES, Run, bytes_of_text, read_lines
+from prune_opd.reporting.records import NEXT_WINDOW, POSITIONS, THIS_WINDOW, bytes_of_text, read_lines
+from prune_opd.reporting.run_logs import PHASES, Run
 
 MOST_POINTS = 240  # of a line; longer runs are thinned
 MOST_COLUMNS, MOST_ROWS = 120, 80  # of the heat map: steps and positions
@@ -18,7 +19,7 @@ CURVES = 5  # steps whose curves over positions are drawn
 MOST_TEXT = 4_000  # characters of a prompt or response
 
 SERIES = {  # name in the page: metric
-    "window": "prune_opd/current_max_response_length",
+    "window": THIS_WINDOW,
     "effective_mean": "prune_opd/effective_response_length_mean",
     "effective_p90": "prune_opd/effective_response_length_p90",
     "length": "completions/mean_length",
@@ -47,10 +48,7 @@ def page_run(run: Run, rollout_bytes: int) -> dict[str, Any]:
         "series": {name: [_short(step.get(key)) for step in thinned] for name, key in SERIES.items()},
         "seconds": {name: _short(run.total(f"time/{name}")) for name in (*PHASES, "total")},
         "tokens": {name: run.total(key) for name, key in PHASES.items()} | {"saved": run.total("tokens/saved")},
-        "grew": sum(
-            step["prune_opd/next_max_response_length"] > step["prune_opd/current_max_response_length"]
-            for step in run.steps
-        ),
+        "grew": sum(step[NEXT_WINDOW] > step[THIS_WINDOW] for step in run.steps),
         "evaluations": [
             {
                 "step": e["step"],
@@ -128,9 +126,8 @@ def _buckets(step: dict[str, Any], key: str) -> list[list[float | None]]:
     """[from, to, mean] of each position bucket of a metric."""
     found = []
     for name, value in step.items():
-        if name.startswith(f"{key}/pos_"):
-            start, stop = name.removeprefix(f"{key}/pos_").split("_")
-            found.append([int(start), int(stop), _short(value)])
+        if name.startswith(key) and (positions := POSITIONS.fullmatch(name, len(key))):
+            found.append([int(positions[1]), int(positions[2]), _short(value)])
     return sorted(found)
 
 

@@ -103,7 +103,7 @@ class StepPanel:
         yield "saved", f"at most {saved / max(saved + made, 1):.0%} of tokens ({saved:,} cut off, {made:,} made)", ""
         parts = {name: sum(r[f"time/{name}"] for r in self.records) for name in PHASES}
         whole = sum(r["time/total"] for r in self.records)
-        yield "time", ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in parts.items()), ""
+        yield "time", ", ".join(f"{name} {seconds / max(whole, 1e-9):.0%}" for name, seconds in parts.items()), ""
 
     def _trend(self, key: str) -> str:
         return sparkline([record[key] for record in self.records[-TREND:]])

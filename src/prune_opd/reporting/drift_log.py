@@ -19,7 +19,7 @@ from torch import Tensor
 from prune_opd.core.overlap import mass_above, overlap_mass, shared_candidates
 from prune_opd.distributed.merging import Share
 from prune_opd.errors import RunLogError
-from prune_opd.reporting.run_logs import bytes_of_text, read_lines
+from prune_opd.reporting.records import bytes_of_text, read_lines
 
 if TYPE_CHECKING:
     from prune_opd.step import StepResult
@@ -80,13 +80,7 @@ def read_drift(run_dir: Path) -> Iterator[LoggedStep]:
     if not path.is_file():
         raise RunLogError(f"{run_dir} holds no drift.jsonl; give the directory of a run")
     for record in read_lines(path):
-        try:
-            yield _parsed(record)
-        except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
-            raise RunLogError(
-                f"{path}: no step of a drift log ({type(error).__name__}: {error}); it was edited, or an older version "
-                "wrote it: run again"
-            ) from error
+        yield _parsed(record)
 
 
 def _parsed(record: dict[str, Any]) -> LoggedStep:

@@ -79,7 +79,7 @@ def model_card(run_dir: Path) -> ModelCard:
 
 def _metadata(config: dict[str, Any], evaluations: list[dict[str, Any]], name: str) -> ModelCardData:
     model, data, settings = config["model"], config["data"]["train"], config["evaluation"]
-    last = evaluations[-1] if evaluations else None
+    last = evaluations[-1] if evaluations and settings["data"] else None
     results = (
         [
             EvalResult(

@@ -22,6 +22,7 @@ import jinja2
 import numpy as np
 
 from prune_opd.reporting.charts import SERIES, page_run
+from prune_opd.reporting.records import write_text
 from prune_opd.reporting.run_logs import PHASES, Run, read_runs
 from prune_opd.reporting.statistics import difference, evaluation_curve, seconds_to, summary
 from prune_opd.reporting.wording import duration, flattened, percent
@@ -32,11 +33,12 @@ ROLLOUT_BYTES = 2_500_000  # of rollouts in the page, all runs together; the res
 def write_report(paths: Sequence[Path], output: Path | None = None) -> Path:
     """Write the report of run directories, or of `compare` directories, and return where it is.
 
-    `output` is report.html in the directory when there is one, else in the current one. Raises RunLogError.
+    `output` is report.html in the directory when there is one, else in the current one. Raises RunLogError, and
+    StorageError where it cannot be written.
     """
     if output is None:
         output = paths[0] / "report.html" if len(paths) == 1 else Path("report.html")
-    output.write_text(render(read_runs(paths)), encoding="utf-8")
+    write_text(output, render(read_runs(paths)), "--output")
     return output
 
 
@@ -91,6 +93,8 @@ def arm_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
         row |= {"is_baseline": row is baseline, "baseline": baseline["arm"] if baseline else None}
         row |= dict.fromkeys(("saved", "difference", "to_equal"))
         if baseline is None or row is baseline or row["same"] != baseline["same"]:
+            continue
+        if not (baseline["seconds"]["all"] and baseline["tokens"]["all"]):  # it has not run yet, or its log is lost
             continue
         row["saved"] = {name: _share_saved(row[name], baseline[name]) for name in ("seconds", "tokens")}
         if row["accuracy"] is not None and baseline["accuracy"] is not None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
-import zlib
-from base64 import b64decode
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from prune_opd.config import Config
+from prune_opd.config.load import merged
 from prune_opd.errors import RunLogError
+from prune_opd.reporting.records import Comparison, Environment, Settings, read_lines, read_object
 
 # A token of the Hub, or user:password in an address, wherever someone may have put it; and settings named like one.
 SECRET = re.compile(r"hf_[A-Za-z0-9]{8,}|(?<=://)[^/@\s]+(?=@)")
@@ -54,7 +57,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     """
     runs: list[Run] = []
     for path in paths:
-        found = [path] if (path / "config.json").is_file() else sorted(p.parent for p in path.glob("*/config.json"))
+        found = [path] if os.path.isfile(path / "config.json") else sorted(p.parent for p in path.glob("*/config.json"))
         if not found:
             raise RunLogError(
                 f"{path} holds no run: expected a run directory, with config.json and metrics.jsonl, or the output "
@@ -71,12 +74,45 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     return runs
 
 
+def read_config(run_dir: Path) -> Config:
+    """The settings that a run was made with, checked; those that this version does not know are left out.
+
+    Raises RunLogError.
+    """
+    path = run_dir / "config.json"
+    settings = read_object(path, Settings)
+    while True:
+        try:
+            config = Config.model_validate(settings)
+            break
+        except ValidationError as error:
+            wrong = [e for e in error.errors() if e["type"] != "extra_forbidden"]
+            if wrong:
+                name, message = ".".join(map(str, wrong[0]["loc"])), wrong[0]["msg"]
+                raise RunLogError(
+                    f"{path}: field {name}: {message}; it was edited or damaged: restore it from a checkpoint's "
+                    "trainer_state.json, which has it too"
+                ) from None
+            for mistake in error.errors():
+                *parents, last = mistake["loc"]
+                section: Any = settings
+                for key in parents:
+                    section = section[key]
+                del section[last]
+    if config.pruning.threshold == "auto":
+        raise RunLogError(f"{path}: field pruning.threshold: a run has a number there; restore it")
+    return config
+
+
 def read_settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """config.json and env.json of a run directory, without secrets; {} for no env.json. Raises RunLogError."""
-    env = path / "env.json"
+    """config.json and env.json of a run directory, without secrets; {} for no env.json. Raises RunLogError.
+
+    Settings that the run did not know have their defaults, and those that this version does not know are kept.
+    """
+    env, known = path / "env.json", read_config(path).model_dump()
     return (
-        without_secrets(_read_json(path / "config.json")),
-        without_secrets(_read_json(env)) if env.is_file() else {},
+        without_secrets(merged(known, read_object(path / "config.json", Settings))),
+        without_secrets(read_object(env, Environment)) if env.is_file() else {},
     )
 
 
@@ -84,18 +120,6 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a run directory's metrics.jsonl so far; none where it has not been written yet."""
     log = path / "metrics.jsonl"
     yield from read_lines(log) if log.is_file() else ()
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON Lines file that may still be written: a last line without its end is left out."""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
-                return
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise RunLogError(f"{path}, line {number} is no JSON ({error}); restore or remove that line") from None
 
 
 def trained(record: dict[str, Any]) -> bool:
@@ -136,17 +160,5 @@ def _arms_in_order(path: Path) -> dict[str, str]:
     """Arms of a comparison as it names them, by the name that their directories have."""
     if not (path / "compare.json").is_file():
         return {}
-    arms = [arm["arm"] for arm in _read_json(path / "compare.json")["arms"]]
+    arms = [arm["arm"] for arm in read_object(path / "compare.json", Comparison)["arms"]]
     return {arm.replace(":", "-"): arm for arm in arms}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunLogError(f"{path} cannot be read ({error}); restore it from the run that wrote it") from None
-
-
-def bytes_of_text(text: str) -> bytes:
-    """One byte for each token of a rollout, from the text that a drift log has of it. ValueError or zlib.error."""
-    return zlib.decompress(b64decode(text, validate=True))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from prune_opd.errors import RunLogError
 from prune_opd.evaluation.evaluate import ci95
 
 QUANTITIES = ("train_seconds", "eval_seconds", "student_tokens", "teacher_tokens")
@@ -32,7 +33,18 @@ def evaluation_curve(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def summary(accuracies: Sequence[float], per_problem: Sequence[Sequence[float]]) -> dict[str, Any]:
     """Mean and deviation of an accuracy over seeds. Its interval resamples problems, each averaged over seeds."""
+    _check_same_problems(per_problem)
     return spread(accuracies) | {"ci95": ci95(np.mean(per_problem, axis=0))}
+
+
+def _check_same_problems(per_problem: Sequence[Sequence[float]]) -> None:
+    """RunLogError where runs that are held against each other answered other numbers of problems."""
+    counts = sorted({len(answers) for answers in per_problem})
+    if len(counts) > 1:
+        raise RunLogError(
+            f"runs with {' and '.join(map(str, counts))} held-out problems cannot be held against each other; one of "
+            "their metrics.jsonl was edited or damaged: restore it, or report the runs one by one"
+        )
 
 
 def difference(
@@ -49,6 +61,7 @@ def difference(
     if not pairs:
         return {}
     found = {name: spread([a[name] - b[name] for a, b in pairs]) for name in ("accuracy", *quantities)}
+    _check_same_problems([run["per_problem"] for pair in pairs for run in pair])
     by_problem = np.mean([np.subtract(a["per_problem"], b["per_problem"]) for a, b in pairs], axis=0)
     found["accuracy"]["ci95_problems"] = ci95(by_problem, least=-1.0)
     return found

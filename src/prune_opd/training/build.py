@@ -24,11 +24,12 @@ from prune_opd.core.window import LengthSchedule, TrainingWindow
 from prune_opd.data.source import DatasetSource, PromptSource, held_out_prompts, training_prompts
 from prune_opd.distributed import sharding as distributed
 from prune_opd.distributed.world import ALONE, World
-from prune_opd.errors import EngineError, ModelError
+from prune_opd.errors import CheckpointError, EngineError, ModelError
 from prune_opd.evaluation.evaluate import response_texts
 from prune_opd.models import loading as models
 from prune_opd.models.causal_lm import output_head
 from prune_opd.models.loading import read_model_config
+from prune_opd.reporting.records import TeacherProbe, read_object
 from prune_opd.rewards import GRADE, load_reward
 from prune_opd.rollout.ahead import RolloutsAhead
 from prune_opd.rollout.base import Sampler
@@ -46,7 +47,7 @@ from prune_opd.teachers.served import ServedTeacher
 from prune_opd.timing import Stopwatch
 from prune_opd.training.calibration import calibrate, calibration_text
 from prune_opd.training.checkpoint import load_weights
-from prune_opd.training.files import read_json, write_json
+from prune_opd.training.files import write_json
 from prune_opd.types import Prompt, Rollouts
 from prune_opd.update.student_update import StudentUpdate
 from prune_opd.update.weights import token_weights
@@ -273,7 +274,8 @@ def build_teacher(
         servers, model=served.model or name, vocab_size=vocab_size, top_logprobs=min(served.top_logprobs, vocab_size)
     )
     probe = run_dir / TEACHER_PROBE if run_dir else None
-    teacher.check(tokenizer, longest, read_json(probe).get("logprobs") if probe and probe.exists() else None)
+    known = read_object(probe, TeacherProbe, CheckpointError)["logprobs"] if probe and probe.exists() else None
+    teacher.check(tokenizer, longest, known)
     return teacher, vocab_size
 
 

@@ -22,15 +22,15 @@ from prune_opd.core.choices import DriftMetric
 from prune_opd.core.drift import SAFE_SHARE, drift_report
 from prune_opd.core.head import head_statistics
 from prune_opd.core.overlap import compatibility
-from prune_opd.errors import ModelError
+from prune_opd.errors import CheckpointError, ModelError
 from prune_opd.models.causal_lm import PACKED_ATTENTION, output_head, packed_states, use_attention
 from prune_opd.models.loading import end_ids
 from prune_opd.models.packing import pack
+from prune_opd.reporting.records import Calibration, read_object
 from prune_opd.rollout.base import Sampler, rollout_uniforms
 from prune_opd.rollout.local import LocalSampler
 from prune_opd.teachers.base import Teacher
 from prune_opd.teachers.local import LocalTeacher
-from prune_opd.training.files import read_json
 from prune_opd.types import Rollouts, TopK
 
 CALIBRATION = "calibration.json"
@@ -148,7 +148,7 @@ def with_known_threshold(config: Config, run_dir: Path) -> tuple[Config, dict[st
     path = run_dir / CALIBRATION
     if not path.is_file():
         return config, None
-    found = read_json(path)
+    found = read_object(path, Calibration, CheckpointError)
     return config.with_threshold(found["threshold"]), found
 
 

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prune_opd.errors import CheckpointError, RunDirectoryError, StorageError
+from prune_opd.config.values import MOST_IN_A_NAME
+from prune_opd.errors import CheckpointError, RunDirectoryError, RunLogError, StorageError
+from prune_opd.reporting.records import LOG_KINDS, parse
 
 
 def sync(path: Path) -> None:
@@ -34,47 +36,33 @@ def write_json(path: Path, content: Any) -> None:
         sync(path.parent)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a run; raises CheckpointError."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); repair it, or start a new run directory") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object; repair it, or start a new run directory")
-    return content
-
-
 def append_json(path: Path, record: dict[str, Any]) -> None:
     """Add one line to a log. A crash can leave half a line at its end, which `log_end` does not count."""
     with storage_errors(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
-def log_end(path: Path, last_step: int) -> int:
-    """Bytes of the log up to the end of `last_step`; what follows, half a line included, was written by a dead run.
+def log_end(path: Path, last_step: int) -> tuple[int, int | None]:
+    """Bytes of the log up to the end of `last_step`, and the last step that is there of them, None if there is none.
 
-    Raises CheckpointError with the line when a whole line is no record of a step. Changes nothing: `os.truncate` does.
+    What follows, half a line included, was written by a dead run. Raises CheckpointError with the line when a whole
+    line is no record of this log. Changes nothing: `os.truncate` does.
     """
-    end = 0
+    end, last = 0, None
     if not path.exists():
-        return end
+        return end, last
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 break
             try:
-                step = json.loads(line)["step"]
-                late = int(step) > last_step
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise CheckpointError(
-                    f"{path}:{number}: no record of a step ({type(error).__name__}: {error}), so the run cannot be "
-                    "continued without spoiling its log; repair or remove the line"
-                ) from None
-            if late:
+                step = parse(line, LOG_KINDS[path.name], f"{path}:{number}")["step"]
+            except RunLogError as error:
+                raise CheckpointError(f"{error}; else the run would spoil its log by going on") from None
+            if step > last_step:
                 break
-            end += len(line)
-    return end
+            end, last = end + len(line), step
+    return end, last
 
 
 @contextlib.contextmanager
@@ -104,7 +92,13 @@ def only_writer(run_dir: Path) -> Iterator[None]:
 
 def check_writable(run_dir: Path) -> None:
     """StorageError when the run directory, or the nearest folder above it that exists, takes no new file."""
-    there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
+    there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if os.path.exists(path))
+    long = max((len(os.fsencode(part)) for part in run_dir.absolute().relative_to(there).parts), default=0)
+    if long > MOST_IN_A_NAME:
+        raise StorageError(
+            f"{run_dir} cannot be made: no folder has a name of more than {MOST_IN_A_NAME} bytes, and this one has "
+            f"{long}; choose another --output-dir"
+        )
     if not there.is_dir():
         raise StorageError(f"{run_dir} cannot be made: {there} is a file; choose another --output-dir")
     if not os.access(there, os.W_OK | os.X_OK):

@@ -15,6 +15,7 @@ from prune_opd.config import Config
 from prune_opd.distributed.world import World
 from prune_opd.errors import CheckpointError, RunDirectoryError
 from prune_opd.reporting.model_card import model_card
+from prune_opd.reporting.records import Settings, read_object
 from prune_opd.teachers.base import Teacher
 from prune_opd.training.build import Parts, environment, remember_teacher
 from prune_opd.training.calibration import CALIBRATION
@@ -29,7 +30,7 @@ from prune_opd.training.checkpoint import (
     save_checkpoint,
     tidy,
 )
-from prune_opd.training.files import check_room, log_end, read_json, storage_errors, sync, write_json
+from prune_opd.training.files import check_room, log_end, storage_errors, sync, write_json
 
 FIRST_FILES = {CALIBRATION, f".{CALIBRATION}.partial", ".config.json.partial"}  # that come before config.json
 LOGS = ("metrics.jsonl", "drift.jsonl", "rollouts.jsonl", "skipped.jsonl")
@@ -76,7 +77,7 @@ class RunDirectory:
         # The run died before its first checkpoint: it begins anew, if the directory is that of such a run.
         config_file = self.path / "config.json"
         if config_file.is_file():
-            check_same_recipe(read_json(config_file), config, str(config_file))
+            check_same_recipe(read_object(config_file, Settings, CheckpointError), config, str(config_file))
         elif {path.name for path in self.path.iterdir()} - FIRST_FILES:
             raise RunDirectoryError(
                 f"{self.path} exists and is not empty, and is no run directory: it has no config.json. "
@@ -102,7 +103,16 @@ class RunDirectory:
 
         last_logged: the last step of each log that stays; what a dead run wrote after it goes in `begin`.
         """
-        self.log_ends = {name: log_end(self.path / name, step) for name, step in last_logged.items()}
+        found = {name: log_end(self.path / name, step) for name, step in last_logged.items()}
+        self.log_ends = {name: end for name, (end, _) in found.items()}
+        for name in ("metrics.jsonl", "drift.jsonl") if steps_done else ():
+            wanted, last = last_logged[name], found[name][1]
+            if last is None or (last < wanted and name == "metrics.jsonl"):  # a skipped step has no drift
+                what = "is gone or empty" if last is None else f"ends with step {last}"
+                self.note(
+                    f"{self.path / name} {what}, though the checkpoint is of step {steps_done}: the run goes on, and "
+                    "what is shown of it later lacks those steps. Put the file back first if you have a copy"
+                )
         training, there = parts.config.training, len(checkpoints(self.checkpoints))
 
         def multiples(period: int) -> int:

@@ -13,7 +13,7 @@ from prune_opd.core.overlap import shared_candidates
 from prune_opd.distributed.merging import Share
 from prune_opd.reporting.drift_log import drift_record, drift_share
 from prune_opd.reporting.rollout_log import rollout_record
-from prune_opd.reporting.run_logs import read_lines, trained
+from prune_opd.reporting.run_logs import read_metrics, trained
 from prune_opd.reporting.trackers import Log, start_trackers
 from prune_opd.step import StepResult
 from prune_opd.training.files import append_json
@@ -33,8 +33,7 @@ class RunLog:
 
     def steps(self) -> list[dict[str, Any]]:
         """The records of the steps that are logged already."""
-        path = self.run_dir / "metrics.jsonl"
-        return [record for record in read_lines(path) if trained(record)] if path.is_file() else []
+        return [record for record in read_metrics(self.run_dir) if trained(record)]
 
     def metrics(self, record: dict[str, Any]) -> None:
         """Log the record of a step."""

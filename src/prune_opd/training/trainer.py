@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from prune_opd.config import Config
 from prune_opd.distributed.merging import merged
 from prune_opd.distributed.world import ALONE, World
-from prune_opd.errors import NonFiniteError, RunInterrupted, ServerError
+from prune_opd.errors import ConfigError, NonFiniteError, RunInterrupted, ServerError
 from prune_opd.reporting.console import step_view
 from prune_opd.reporting.metrics import metrics_of, step_share
 from prune_opd.rollout.vllm import VLLMSampler
@@ -74,7 +74,14 @@ class Trainer:
                 window=self.run.window,
             )
             self.steps_done, self.totals, self.unlogged = state.step, state.totals, state.unlogged
-            self.console.print(f"resumed from {checkpoint} after step {self.steps_done}", soft_wrap=True)
+            steps = config.training.steps
+            if self.steps_done > steps:
+                raise ConfigError(
+                    f"training.steps = {steps}, but {checkpoint} is of step {self.steps_done}; give at least that "
+                    "many, or start a new run directory"
+                )
+            rest = "; the run is finished, raise training.steps to go on" if self.steps_done == steps else ""
+            self.console.print(f"resumed from {checkpoint} after step {self.steps_done}{rest}", soft_wrap=True)
         elif (cost := parts.calibration) is not None:
             ours, theirs = (cost[name]["tokens"] for name in ("student_written", "teacher_written"))
             self.totals = Totals(cost["seconds"], student_tokens=ours, teacher_tokens=ours + theirs)
