@@ -35,10 +35,10 @@ def test_arms_differ_by_what_they_say_and_share_the_rest():
         for section in ("model", "data", "evaluation", "tracking"):
             assert getattr(arm, section) == getattr(config, section)
     pruned = {name for name, arm in found.items() if arm.pruning.enable}
-    assert pruned == {"prune", "prune-inflight", "prune-topp", "weights-only", "window-only"}
-    assert {name for name, arm in found.items() if arm.window_is_dynamic} == pruned - {"weights-only"}
+    assert pruned == {"prune", "prune-inflight", "inflight-only", "prune-topp", "weights-only", "window-only"}
+    assert {name for name, arm in found.items() if arm.window_is_dynamic} == pruned - {"weights-only", "inflight-only"}
     assert {name for name, arm in found.items() if arm.weighs_tokens} == pruned - {"window-only"}
-    assert {name for name, arm in found.items() if arm.stops_in_flight} == {"prune-inflight"}
+    assert {name for name, arm in found.items() if arm.stops_in_flight} == {"prune-inflight", "inflight-only"}
     assert {n for n, arm in found.items() if arm.pruning.metric == "teacher_top_p_accept"} == {"prune-topp"}
     assert {name for name, arm in found.items() if arm.control.lengths} == {"ramp", "replay"}
     assert found["ramp"].control.lengths == [48, 51, 53, 56], "a straight line between the ends of the trace"

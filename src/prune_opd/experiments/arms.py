@@ -27,6 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "opd": OFF,  # whole budget, every token weighs 1
     "prune": PRUNE,  # weights and window, nothing stopped in flight: the paper
     "prune-inflight": PRUNE | {"pruning.in_flight.enable": True},
+    "inflight-only": PRUNE | {"pruning.in_flight.enable": True, "pruning.dynamic_response_length.enable": False},
     "prune-topp": PRUNE | {"pruning.metric": "teacher_top_p_accept"},  # the nucleus control
     "weights-only": PRUNE | {"pruning.dynamic_response_length.enable": False},
     "window-only": PRUNE | WINDOW | {"pruning.reweight": False},
