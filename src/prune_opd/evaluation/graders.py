@@ -206,7 +206,7 @@ def _verifier(pid: int, package: str, number: int) -> _Verifier:
 
 
 def _start(package: str) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
+    process = subprocess.Popen(  # noqa: S603  # our own interpreter, on this file
         [sys.executable, "-P", "-W", "ignore", __file__, package],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
