@@ -27,7 +27,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def file(tmp_path: Path) -> str:
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"1+{i}"}) + "\n" for i in range(3)))
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"1+{i}", "answer": str(1 + i)}) + "\n" for i in range(3))
+    )
     return str(tmp_path / "prompts.jsonl")
 
 
@@ -52,7 +54,7 @@ def test_each_epoch_has_every_prompt_once_and_an_order_of_its_own(tokenizer, fil
 
 def test_validation_has_a_split_of_its_own(tokenizer, tmp_path):
     """As on the Hub: problems to train on in one split, a benchmark that has a test split only in another data set."""
-    (tmp_path / "test.jsonl").write_text(json.dumps({"prompt": "7+7"}) + "\n")
+    (tmp_path / "test.jsonl").write_text(json.dumps({"prompt": "7+7", "answer": "14"}) + "\n")
     data = DataSection(train="elsewhere")  # whose split is "train"
     with pytest.raises(DataError, match="no file of split 'train'"):
         held_out_prompts(str(tmp_path), data, tokenizer, count=3)

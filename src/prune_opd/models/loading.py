@@ -109,8 +109,8 @@ def plain_model(name: str, *, local_files_only: bool = False) -> str:
 
 def _file_of(path: str, file: str, *, local_files_only: bool = False) -> str | None:
     """Where a file of a folder or Hub repository lies on this machine, fetched if need be; None without one."""
-    if Path(path).is_dir():
-        return str(Path(path, file)) if Path(path, file).is_file() else None
+    if os.path.isdir(path):  # os.path takes names that no file can have
+        return os.path.join(path, file) if os.path.isfile(os.path.join(path, file)) else None
     try:
         return cached_file(
             path,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from prune_opd.config.values import MOST
 from prune_opd.config.words import shown
@@ -80,6 +80,26 @@ class Metrics(StepRecord):
         return self
 
 
+def bytes_of_text(text: str) -> bytes:
+    """One byte for each token of a rollout, from the text that a drift log has of it. ValueError for another text."""
+    unpacker = zlib.decompressobj()
+    try:
+        found = unpacker.decompress(b64decode(text, validate=True), LONGEST)
+    except zlib.error as error:
+        raise ValueError(f"no bytes of a rollout: {error}") from None
+    if not unpacker.eof:
+        raise ValueError("the bytes of a rollout are cut off, or far too many")
+    return found
+
+
+def _packed(text: str) -> str:
+    bytes_of_text(text)
+    return text
+
+
+Packed = Annotated[str, AfterValidator(_packed)]
+
+
 class Drift(StepRecord):
     """A line of drift.jsonl; each list has an entry for each rollout, and `reporting/drift_log.py` says what."""
 
@@ -89,9 +109,9 @@ class Drift(StepRecord):
     stopped: list[bool]
     effective_length: list[Count]
     onset: list[Annotated[int, Field(ge=-1, le=MOST)]]
-    shared: list[str]
-    mass: list[str]
-    above: list[str]
+    shared: list[Packed]
+    mass: list[Packed]
+    above: list[Packed]
     weight_by_position: list[float] = []
 
     @model_validator(mode="after")
@@ -103,18 +123,6 @@ class Drift(StepRecord):
             if [len(bytes_of_text(row)) for row in getattr(self, name)] != self.length:
                 raise ValueError(f"{name} has other lengths than `length`")
         return self
-
-
-def bytes_of_text(text: str) -> bytes:
-    """One byte for each token of a rollout, from the text that a drift log has of it. ValueError for another text."""
-    unpacker = zlib.decompressobj()
-    try:
-        found = unpacker.decompress(b64decode(text, validate=True), LONGEST)
-    except zlib.error as error:
-        raise ValueError(f"no bytes of a rollout: {error}") from None
-    if not unpacker.eof:
-        raise ValueError("the bytes of a rollout are cut off, or far too many")
-    return found
 
 
 class Candidates(Record):

@@ -12,7 +12,7 @@ from typing import Any
 
 from prune_opd.config.values import MOST_IN_A_NAME
 from prune_opd.errors import CheckpointError, RunDirectoryError, RunLogError, StorageError
-from prune_opd.reporting.records import LOG_KINDS, parse
+from prune_opd.reporting.records import LOG_KINDS, StepRecord, parse
 
 
 def sync(path: Path) -> None:
@@ -56,11 +56,12 @@ def log_end(path: Path, last_step: int) -> tuple[int, int | None]:
             if not line.endswith(b"\n"):
                 break
             try:
-                step = parse(line, LOG_KINDS[path.name], f"{path}:{number}")["step"]
+                step = parse(line, StepRecord, f"{path}:{number}")["step"]
+                if step > last_step:  # a line that goes need not be whole
+                    break
+                parse(line, LOG_KINDS[path.name], f"{path}:{number}")
             except RunLogError as error:
                 raise CheckpointError(f"{error}; else the run would spoil its log by going on") from None
-            if step > last_step:
-                break
             end, last = end + len(line), step
     return end, last
 
