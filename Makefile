@@ -85,6 +85,9 @@ bench: setup-trl  ## time one OPD step against TRL
 soak: setup  ## 2,000 steps on the smallest pair: memory, file handles, slow steps (about 10 minutes)
 	$(BIN)/python benchmarks/soak.py
 
+lean: setup  ## lean on it from outside again: every test that docs/reliability.md names for it
+	$(BIN)/python -m pytest -q $$(sed -n 's/^|.*| `\([^`]*::[^`]*\)` |$$/tests\/\1/p' docs/reliability.md)
+
 fuzz: setup  ## damage real run directories at random in 7,000 ways, other ones each time (about 15 minutes)
 	PRUNE_OPD_FUZZ=18 $(BIN)/python -m pytest -q -m "not slow" tests/reliability/test_damaged_runs.py
 	PRUNE_OPD_FUZZ=2 $(BIN)/python -m pytest -q -m slow tests/reliability/test_damaged_runs.py

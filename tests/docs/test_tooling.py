@@ -87,3 +87,11 @@ def ruff(source: str) -> set[str]:
     done = subprocess.run(command, input=source, cwd=ROOT, capture_output=True, text=True, check=False)
     assert not done.stderr, done.stderr
     return set(re.findall(r": ([A-Z]+\d+) ", done.stdout))
+
+
+def test_every_test_that_the_reliability_page_names_is_there():
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", page)
+    assert len(named) >= 18
+    for path, name in named:
+        assert f"def {name}(" in (ROOT / "tests" / path).read_text(encoding="utf-8"), (path, name)
