@@ -42,7 +42,7 @@ NAMES = {"low": "embedded:low-student", "high": "embedded:high-student", "teache
 
 
 def load(name):
-    settings = ModelSection(model_name_or_path="", teacher_model_name_or_path="")
+    settings = ModelSection(model_name_or_path="a", teacher_model_name_or_path="b")
     return load_model(NAMES[name], settings, dtype="float32", device=torch.device("cpu"))
 
 
@@ -185,7 +185,7 @@ def test_first_tokens_are_drawn_from_the_distribution_that_is_asked_for(sampler,
 def test_rollouts_end_with_the_end_token_and_are_repeatable(sampler, student):
     student.load_state_dict(load("high").state_dict())  # which ends its answers
     uniforms = rollout_uniforms(0, 5, range(12), 250)
-    tokenizer = load_tokenizer(NAMES["low"], ModelSection(model_name_or_path="", teacher_model_name_or_path=""))
+    tokenizer = load_tokenizer(NAMES["low"], ModelSection(model_name_or_path="a", teacher_model_name_or_path="b"))
     prompts = [tokenizer.encode("3 + 5 =")] * 12
     one, two = (sampler.sample(prompts, uniforms, top_k=K) for _ in range(2))
     assert responses(one) == responses(two)
