@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -111,6 +112,16 @@ def test_too_few_positions_and_too_little_memory_fail_before_anything_is_loaded(
     assert found["memory"][0] == "failed" and "cpu has 1.0 MiB" in found["memory"][1]
     assert found["probe"][0] == "skipped"
     assert findings("training.parallel=fsdp2", prompts=2)["memory"][0] == "warning", "a share of it may fit"
+
+
+def test_on_a_gpu_the_memory_that_vllm_takes_is_counted(monkeypatch):
+    """Its share is of the device, so this small recipe fits or not by `vllm_gpu_memory_utilization` alone."""
+    monkeypatch.setattr(doctor.models, "resolve_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(doctor, "_device_bytes", lambda device: 80 * 10**9)
+    vllm = ["rollout.use_vllm=true", "rollout.vllm_gpu_memory_utilization"]
+    status, text = findings(vllm[0], f"{vllm[1]}=0.5")["memory"]
+    assert status == "ok" and "about 39.3 GiB" in text, "half of 74.5 GiB, 2 GiB for CUDA and the small models"
+    assert findings(vllm[0], f"{vllm[1]}=1.0")["memory"][0] == "failed"
 
 
 def test_the_limits_of_a_server_are_found():

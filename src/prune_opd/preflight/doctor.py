@@ -20,17 +20,17 @@ from transformers.utils.logging import disable_progress_bar
 
 from prune_opd.config import Config, with_settings
 from prune_opd.core.drift import SAFE_SHARE, drift_report
-from prune_opd.data.source import DatasetSource, held_out_prompts, training_prompts
 from prune_opd.errors import ModelError, PruneOPDError
 from prune_opd.models import loading as models
 from prune_opd.models.loading import read_model_config
 from prune_opd.preflight.memory import estimate_memory, memory_rows, size_text
-from prune_opd.rewards import GRADE, load_reward
+from prune_opd.preflight.topology import GPUs, per_gpu
+from prune_opd.rewards import load_reward
 from prune_opd.rollout.events import drift_events
 from prune_opd.serving.client import Servers
 from prune_opd.teachers.local import LocalTeacher
 from prune_opd.teachers.served import ServedTeacher
-from prune_opd.training.build import build_sampler, build_teacher
+from prune_opd.training.build import build_problems, build_prompts, build_sampler, build_teacher
 from prune_opd.training.calibration import (
     Written,
     largest_safe_threshold,
@@ -157,23 +157,17 @@ def _chat_templates(config: Config, tokenizers: Tokenizers, say: Tell) -> None:
 
 
 def _prompts(config: Config, tokenizers: Tokenizers, say: Tell) -> Sequence[Prompt]:
-    source = training_prompts(config.data, tokenizers[0], seed=config.training.seed)
-    if config.reward.function == GRADE and isinstance(source, DatasetSource):
-        source.check_gradable()
+    source = build_prompts(config, tokenizers[0])
     prompts = source.batch(0, config.rollout.prompts_per_step)
-    held_out = config.evaluation
-    if held_out.data:
-        problems = held_out_prompts(
-            held_out.data, config.data, tokenizers[0], count=held_out.num_problems, split=held_out.split
-        )
-        evaluated = f"; {len(problems)} held-out problems from {held_out.data}"
-    else:
-        evaluated = "; nothing is evaluated"
+    problems = build_problems(config, tokenizers[0])
+    held_out = (
+        f"{len(problems)} held-out problems from {config.evaluation.data}" if problems else "nothing is evaluated"
+    )
     dropped = f"; {source.dropped_too_long} are too long and left out" if source.dropped_too_long else ""
     say(
         "prompts",
         "warning" if dropped else "ok",
-        f"{config.data.train}{dropped}{evaluated}. The first, {len(prompts[0].token_ids)} tokens: "
+        f"{config.data.train}{dropped}; {held_out}. The first, {len(prompts[0].token_ids)} tokens: "
         f"{tokenizers[0].decode(prompts[0].token_ids)!r}",
     )
     return prompts
@@ -216,7 +210,7 @@ def _servers(whose: Whose, config: Config, say: Tell) -> bool:
     else:
         urls, name, setting = config.rollout.vllm_server_url, config.rollout.vllm_server.model, "rollout.vllm"
     assert urls is not None
-    servers = Servers([urls] if isinstance(urls, str) else urls, timeout=SERVER_SECONDS, deadline=SERVER_SECONDS)
+    servers = Servers(urls, timeout=SERVER_SECONDS, deadline=SERVER_SECONDS)
     try:
         model = name or _names(config)[whose == "teacher"]
         servers.check_model(model, longest + (whose == "teacher"), whose=whose, setting=f"{setting}_server.model")
@@ -233,8 +227,10 @@ def _memory(config: Config, say: Tell) -> bool | None:
     if memory.peak is None or there is None:
         say("memory", "warning", f"what {device} has or the run needs is not known: {parts}")
         return True
-    text = f"about {size_text(memory.peak)} at the peak, and {device} has {size_text(there)}: {parts}"
-    if memory.peak <= there:
+    on_gpu = per_gpu(config, memory, GPUs(1, there)) if device.type == "cuda" else None  # with vLLM's share
+    peak = on_gpu.peak if on_gpu else memory.peak
+    text = f"about {size_text(peak)} at the peak, and {device} has {size_text(there)}: {parts}"
+    if peak <= there:
         say("memory", "ok", text)
         return True
     if config.training.parallel == "fsdp2":

@@ -281,17 +281,18 @@ def memory_rows(config: Config, memory: Memory) -> Iterator[tuple[str, str]]:
     how = ", layers made again in backward" if config.training.gradient_checkpointing else ""
     yield "activations", f"{size_text(memory.activations)} ({shape}{how})"
     yield "logits", size_text(memory.logits)
-    yield (
-        "KV cache, training",
-        f"{size_text(memory.cache_training)} ({rollouts_at_once(config)} rollouts x {width:,} tokens at a time)",
-    )
+    if config.rollout.use_vllm:
+        yield "KV cache", "vLLM has its own: a share of the GPU, or its server's"
+    else:
+        at_once = f"{rollouts_at_once(config)} rollouts x {width:,} tokens at a time"
+        yield "KV cache, training", f"{size_text(memory.cache_training)} ({at_once})"
     if config.stops_in_flight:
         yield (
             "KV cache, teacher",
             f"{size_text(memory.cache_teacher)} ({config.rollout.slots} slots x {width:,} tokens, beside student's)",
         )
     answers, longest = evaluation_at_once(config)
-    if answers:
+    if answers and not config.rollout.use_vllm:
         yield (
             "KV cache, evaluation",
             f"{size_text(memory.cache_evaluation)} ({answers} answers x {longest:,} tokens at a time)",

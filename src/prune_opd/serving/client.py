@@ -79,7 +79,7 @@ class Replica:
 
 
 class Servers:
-    """Replicas that serve the same model, behind base URLs such as http://host:8000 (a trailing /v1 is dropped).
+    """Replicas that serve the same model, behind one base URL or several, as http://host:8000 (a trailing /v1 goes).
 
     timeout: seconds of silence after which a request counts as lost · deadline: seconds by the clock within which a
     request must have its whole answer, retries included · concurrency: requests that one replica holds at a time.
@@ -91,10 +91,10 @@ class Servers:
     """
 
     def __init__(
-        self, urls: Sequence[str], *, timeout: float = 60.0, deadline: float = 600.0, concurrency: int = 8
+        self, urls: str | Sequence[str], *, timeout: float = 60.0, deadline: float = 600.0, concurrency: int = 8
     ) -> None:
         self.key = Key(os.environ.get(API_KEY_VARIABLE))
-        self.replicas = [Replica(_base_url(url, self.key)) for url in urls]
+        self.replicas = [Replica(_base_url(url, self.key)) for url in ([urls] if isinstance(urls, str) else urls)]
         _check_ways(self.replicas, self.key)
         self.deadline, self.concurrency = deadline, concurrency
         self.probe: Callable[[Replica], bool] | None = None

@@ -97,8 +97,8 @@ def build_parts(
     seed_everything(config.training.seed)
     device = models.resolve_device(config.training.device)
     tokenizer = build_tokenizer(config)
-    prompts = training_prompts(config.data, tokenizer, seed=config.training.seed)
-    reward = build_reward(config, prompts, tokenizer)
+    prompts = build_prompts(config, tokenizer)
+    reward = build_reward(config, tokenizer)
     problems = build_problems(config, tokenizer)
     student = models.load_student(config, device)
     if checkpoint is not None:
@@ -145,6 +145,14 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def build_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptSource:
+    """What the student is trained on; DataError where the recipe's reward grades and a prompt has no gold answer."""
+    prompts = training_prompts(config.data, tokenizer, seed=config.training.seed)
+    if config.reward.function == GRADE and isinstance(prompts, DatasetSource):
+        prompts.check_gradable()
+    return prompts
+
+
 def build_problems(config: Config, tokenizer: PreTrainedTokenizerBase) -> Sequence[Prompt]:
     """The held-out problems of a recipe's evaluation; none without `evaluation.data`."""
     held_out = config.evaluation
@@ -153,13 +161,11 @@ def build_problems(config: Config, tokenizer: PreTrainedTokenizerBase) -> Sequen
     return held_out_prompts(held_out.data, config.data, tokenizer, count=held_out.num_problems, split=held_out.split)
 
 
-def build_reward(config: Config, prompts: PromptSource, tokenizer: PreTrainedTokenizerBase) -> TaskReward | None:
+def build_reward(config: Config, tokenizer: PreTrainedTokenizerBase) -> TaskReward | None:
     """The task's reward, as a function of the rollouts' prompts, numbers and tokens: (B,) float64, NaN without one."""
     settings = config.reward
     if not settings.function:
         return None
-    if settings.function == GRADE and isinstance(prompts, DatasetSource):
-        prompts.check_gradable()
     function = load_reward(settings.function)
 
     def reward(asked: Sequence[Prompt], numbers: Sequence[int], rollouts: Rollouts) -> Tensor:
@@ -212,7 +218,7 @@ def build_sampler(
         asked = rollout.vllm_server
         sampler = ServedSampler(
             student,
-            _servers(rollout.vllm_server_url, asked.timeout, asked.deadline, rollout.slots),
+            Servers(rollout.vllm_server_url, timeout=asked.timeout, deadline=asked.deadline, concurrency=rollout.slots),
             model=asked.model or config.model.model_name_or_path,
             dtype=dtype,
             pad_id=pad_id,
@@ -269,7 +275,12 @@ def build_teacher(
         )
     vocab_size = models.shared_vocab_size(student, teacher_config.get_text_config().vocab_size, top_k)
     served = settings.teacher_server
-    servers = _servers(settings.teacher_model_server_url, served.timeout, served.deadline, served.concurrency)
+    servers = Servers(
+        settings.teacher_model_server_url,
+        timeout=served.timeout,
+        deadline=served.deadline,
+        concurrency=served.concurrency,
+    )
     teacher = ServedTeacher(
         servers, model=served.model or name, vocab_size=vocab_size, top_logprobs=min(served.top_logprobs, vocab_size)
     )
@@ -277,11 +288,6 @@ def build_teacher(
     known = read_object(probe, TeacherProbe, CheckpointError)["logprobs"] if probe and probe.exists() else None
     teacher.check(tokenizer, longest, known)
     return teacher, vocab_size
-
-
-def _servers(urls: str | list[str], timeout: float, deadline: float, concurrency: int) -> Servers:
-    replicas = [urls] if isinstance(urls, str) else urls
-    return Servers(replicas, timeout=timeout, deadline=deadline, concurrency=concurrency)
 
 
 def remember_teacher(teacher: Teacher, run_dir: Path) -> None:
