@@ -11,7 +11,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from prune_opd.config import TrackingSection, load_config
-from prune_opd.core.overlap import shared_candidates
 from prune_opd.reporting.rollout_log import rollout_record, token_text
 from prune_opd.training import trainer as trainer_module
 from prune_opd.training.trainer import Trainer
@@ -47,8 +46,7 @@ def step(tmp_path_factory):
 def record_of(step, row, **tracking):
     trainer, result = step
     prompt = trainer.parts.prompts.batch(0, 2)[row // 2]
-    shared = shared_candidates(result.rollouts.student.ids, result.scores.topk.ids).sum(-1)
-    return rollout_record(result, row, prompt, shared, trainer.parts.tokenizer, TrackingSection(**tracking))
+    return rollout_record(result, row, prompt, trainer.parts.tokenizer, TrackingSection(**tracking))
 
 
 def test_a_record_is_what_the_step_saw(step):

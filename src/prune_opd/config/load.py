@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from prune_opd.config.rules import conflicts, secrets, settings_without_effect
 from prune_opd.config.schema import Config
-from prune_opd.config.words import Said, explain, value_of
+from prune_opd.config.words import Origins, explain, value_of
 from prune_opd.errors import ConfigError
 
 
@@ -24,8 +24,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises ConfigError with the file and line or the --set, the setting, what was expected and a value that works, or
     the nearest known name. Warns (UserWarning) of each setting that was written but has no effect.
     """
-    settings, said = _read_all(path, overrides)
-    return parse_config(settings, where=str(path), said=said)
+    settings, origins = _read_all(path, overrides)
+    return parse_config(settings, where=str(path), origins=origins)
 
 
 def placed(error: ConfigError, path: str | Path, overrides: Sequence[str]) -> ConfigError:
@@ -34,21 +34,21 @@ def placed(error: ConfigError, path: str | Path, overrides: Sequence[str]) -> Co
     return ConfigError(f"{place}: {error}") if place else error
 
 
-def parse_config(settings: dict[str, Any], *, where: str, said: Said | None = None) -> Config:
-    """Check a nested dict of settings; `where` names their origin in errors, and `said` the place of each.
+def parse_config(settings: dict[str, Any], *, where: str, origins: Origins | None = None) -> Config:
+    """Check a nested dict of settings; `where` names their origin in errors, and `origins` the place of each.
 
     Raises ConfigError, and warns of settings without effect, as `load_config` does.
     """
-    said = said or Said()
+    origins = origins or Origins()
     try:
         config = Config.model_validate(settings)
     except ValidationError as error:
-        raise ConfigError(explain(error.errors(), said, where)) from None
+        raise ConfigError(explain(error.errors(), origins, where)) from None
     for conflict in conflicts(config):
-        raise ConfigError(f"{said.place_of_any(conflict) or where}: {conflict}")
+        raise ConfigError(f"{origins.place_of_any(conflict) or where}: {conflict}")
     for name in secrets(config.model_dump()):
         raise ConfigError(
-            f"{said.place(name.split('.')) or where}: {name} holds what looks like a password or key. Recipes "
+            f"{origins.place(name.split('.')) or where}: {name} holds what looks like a password or key. Recipes "
             "are copied into config.json and shared, so it must not stand there: put it into an environment variable "
             "(HF_TOKEN, WANDB_API_KEY)"
         )
@@ -65,7 +65,7 @@ def with_settings(config: Config, **changes: Any) -> Config:
     return parse_config(settings, where="changed settings")
 
 
-def _read_all(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Said]:
+def _read_all(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Origins]:
     """The settings of a recipe, of those that it extends and of the overrides, unchecked, and where they were said."""
     settings, files = _read(Path(path), ())
     sets: dict[str, str] = {}
@@ -75,7 +75,7 @@ def _read_all(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any
             raise ConfigError(f"--set {override!r} has no '='; write it as key=value, for example training.steps=100")
         set_value(settings, key, value_of(key, text))
         sets = {key: text, **{name: earlier for name, earlier in sets.items() if name != key}}
-    return settings, Said(sets, files)
+    return settings, Origins(sets, files)
 
 
 def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Path, str]]:

@@ -98,7 +98,7 @@ def _toml_value(text: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Said:
+class Origins:
     """Where settings were written. sets: what each `--set` gave, by its key · files: the text of each recipe.
 
     The one that has the last word comes first.
@@ -143,7 +143,7 @@ class Said:
             if setting is not None and taken == len(keys):
                 section = section_of(setting)
                 parts = [[*keys, word] for word in re.findall(r"\w+", text) if section and word in section.model_fields]
-                places += [place for said in parts or [keys] if (place := self.place(said))]
+                places += [place for part in parts or [keys] if (place := self.place(part))]
         return min(places, key=lambda place: not place.startswith("--set"), default=None)
 
 
@@ -156,7 +156,7 @@ def shown(text: str) -> str:
 # ---- what could have been said ----
 
 
-def explain(errors: Sequence[ErrorDetails], said: Said, where: str) -> str:
+def explain(errors: Sequence[ErrorDetails], origins: Origins, where: str) -> str:
     """What pydantic found wrong, a line for each setting: its place, its value, what it takes, and one that works."""
     lines: dict[str, tuple[list[str], str]] = {}  # place and value: what is wrong with it, and what to do
     for error in errors:
@@ -165,7 +165,7 @@ def explain(errors: Sequence[ErrorDetails], said: Said, where: str) -> str:
         if error["type"] != "extra_forbidden" and not missing:  # pydantic adds which member of a union it tried
             keys = (*keys[:taken], *(key for key in keys[taken:] if isinstance(key, int)))
         name = ".".join(map(str, keys))
-        place = said.place(keys, missing=missing) or where
+        place = origins.place(keys, missing=missing) or where
         subject, reason, advice = _mistake(name, error, setting, place)
         lines.setdefault(f"{place}: {subject}", ([], advice))[0].append(reason)
     return "\n".join(

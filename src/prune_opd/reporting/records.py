@@ -92,12 +92,7 @@ def bytes_of_text(text: str) -> bytes:
     return found
 
 
-def _packed(text: str) -> str:
-    bytes_of_text(text)
-    return text
-
-
-Packed = Annotated[str, AfterValidator(_packed)]
+Packed = Annotated[str, AfterValidator(bytes_of_text)]
 
 
 class Drift(StepRecord):
@@ -120,7 +115,7 @@ class Drift(StepRecord):
             if len(getattr(self, name)) != len(self.length):
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries for {len(self.length)} rollouts")
         for name in ("shared", "mass", "above"):
-            if [len(bytes_of_text(row)) for row in getattr(self, name)] != self.length:
+            if [len(row) for row in getattr(self, name)] != self.length:  # in bytes, one a token
                 raise ValueError(f"{name} has other lengths than `length`")
         return self
 
@@ -220,6 +215,15 @@ def parse(content: bytes, kind: type[Record], where: str, error: type[PruneOPDEr
     """JSON that was checked to be of a kind, as dicts and lists. `error` has `where` and the field."""
     try:
         value = pydantic_core.from_json(content)
+    except ValueError as invalid:
+        raise error(f"{where}: no JSON ({shown(str(invalid))}); restore or remove it") from None
+    check(value, kind, where, error)
+    return value
+
+
+def check(value: Any, kind: type[Record], where: str, error: type[PruneOPDError] = RunLogError) -> None:
+    """`error`, with `where` and the field, for a value that is not of a kind."""
+    try:
         kind.model_validate(value)
     except ValidationError as invalid:
         first = invalid.errors(include_url=False)[0]
@@ -230,9 +234,6 @@ def parse(content: bytes, kind: type[Record], where: str, error: type[PruneOPDEr
             f"{where}: {f'field {name}: ' if name else ''}{message}{written}; it was edited or damaged, or another "
             "version wrote it: restore or remove it"
         ) from None
-    except ValueError as invalid:
-        raise error(f"{where}: no JSON ({shown(str(invalid))}); restore or remove it") from None
-    return value
 
 
 def read_object(path: Path, kind: type[Record], error: type[PruneOPDError] = RunLogError) -> dict[str, Any]:

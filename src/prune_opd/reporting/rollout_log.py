@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from prune_opd.config import TrackingSection
+from prune_opd.core.overlap import shared_candidates
 from prune_opd.types import Prompt, TopK
 
 if TYPE_CHECKING:
@@ -20,11 +20,10 @@ def rollout_record(
     result: StepResult,
     row: int,
     prompt: Prompt,
-    shared: Tensor,
     tokenizer: PreTrainedTokenizerBase,
     tracking: TrackingSection,
 ) -> dict[str, Any]:
-    """Rollout `row` of a step, JSON-ready. shared (B, T): candidates that both models have at each position.
+    """Rollout `row` of a step, JSON-ready. `shared` is how many candidates both models have at each position.
 
     The lists under token_ids and after it go by token and end after `tracking.rollout_tokens`; `texts` has the text of
     every id among them. Log-probabilities are in nats, to two decimals.
@@ -34,6 +33,8 @@ def rollout_record(
     length = int(rollouts.lengths[row])
     shown = min(length, tracking.rollout_tokens)
     sampled = rollouts.response_ids[row, :shown].tolist()
+    at = slice(row, row + 1), slice(shown)
+    shared = shared_candidates(rollouts.student.ids[at], scores.topk.ids[at]).sum(-1)
     student = _candidates(rollouts.student, row, shown, tracking.rollout_candidates)
     teacher = _candidates(scores.topk, row, shown, tracking.rollout_candidates)
     ids = {*sampled, *(v for side in (student, teacher) for at in side["ids"] for v in at)}
@@ -49,7 +50,7 @@ def rollout_record(
         **({} if result.rewards is None else {"reward": _or_none(result.rewards[row].item())}),
         "token_ids": sampled,
         "weight": _rounded(result.weight[row, :shown].tolist(), 3),
-        "shared": shared[row, :shown].tolist(),
+        "shared": shared[0].tolist(),
         "events": result.events[row, :shown].nonzero().flatten().tolist(),
         "teacher_logprob": _rounded(scores.sampled_logprobs[row, :shown].tolist()),
         "student": student,

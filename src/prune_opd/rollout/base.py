@@ -65,6 +65,9 @@ class Sampler(ABC):
     ) -> Rollouts:
         """What `sample` does, by the engine of a subclass."""
 
+    def close(self) -> None:  # noqa: B027  # most engines hold nothing
+        """Let go of an engine that lives in this process."""
+
 
 class Progress:
     """For each of B rollouts: its `lengths` in tokens, and whether it `finished` by itself or was `stopped`.

@@ -154,15 +154,18 @@ class ServedSampler(EngineSampler):
     def sync(self) -> None:
         """Put the student's weights where the servers find them; each takes them before its next request.
 
-        Rank 0 writes for all ranks. Where there are several, each replica is handed the weights by one of them, now.
+        Rank 0 writes for all ranks, from the memory of its CPU. Where there are several ranks, each replica is handed
+        the weights by one of them, now.
         """
         writes, tensors = self.world.rank == 0, dict[str, Tensor]()
         for name, weight in served_weights(self.student):
             if writes:
-                tensors[name] = weight.contiguous()
-        head = full_tensor(self.student.get_output_embeddings().weight.detach())
-        if writes and "lm_head.weight" not in tensors:  # tied to the embeddings, so without a name of its own
-            tensors["lm_head.weight"] = head.clone()
+                tensors[name] = weight.cpu().contiguous()
+        head = self.student.get_output_embeddings().weight
+        if head is self.student.get_input_embeddings().weight:  # tied, so without a name of its own
+            tied = full_tensor(head.detach())
+            if writes:
+                tensors["lm_head.weight"] = tied.cpu().clone()
         self.probed = probe_logprobs(self.student, probe_ids(self.vocab_size))
         self.world.gather(None)  # no rank samples with the weights before these any more
         if writes:

@@ -172,9 +172,8 @@ class Wire:
                 return Reply(response.status_code, response.headers, await _read(response, ERROR_BYTES))
             if response.headers.get("content-encoding", "identity") != "identity":
                 raise BadAnswer("a compressed answer, which was not asked for")
-            too_long = (
-                int(response.headers.get("content-length", 0)) > most
-            )  # which is a number, or there is no response
+            # The length is a number, or there is no response.
+            too_long = int(response.headers.get("content-length", 0)) > most
             content = b"" if too_long else await _read(response, most + 1)
             if too_long or len(content) > most:
                 raise BadAnswer(f"an answer of more than {most:,} bytes, which is more than was asked for")

@@ -30,7 +30,7 @@ from prune_opd.core.window import LengthSchedule, TrainingWindow
 from prune_opd.distributed import sharding as distributed
 from prune_opd.distributed.world import ALONE, World
 from prune_opd.errors import CheckpointError, NonFiniteError, StorageError
-from prune_opd.training.files import storage_errors, sync, write_json
+from prune_opd.training.files import not_written, storage_errors, sync, write_json
 from prune_opd.training.optimizer_state import load_optimizer, save_optimizer
 
 # What may differ between the run that saved and the run that resumes; anything else would be another experiment.
@@ -171,10 +171,7 @@ def save_checkpoint(
         shutil.rmtree(aside, ignore_errors=True)  # its room may be what the logs need now
         if isinstance(error, StorageError):
             raise
-        raise StorageError(
-            f"{final} could not be written ({error}); free some space or repair the disk, then continue with "
-            "--resume auto"
-        ) from error
+        raise not_written(final, error) from error
     world.gather(None)
     if damage:
         raise StorageError(f"{final} was written but reads back damaged ({damage}); check the disk")
@@ -197,10 +194,7 @@ def _save_shares(final: Path, aside: Path, model: torch.nn.Module, optimizer: Op
     except (OSError, SafetensorError) as error:
         failed = f"rank {world.rank}: {error}"
     if failed := world.first(failed):
-        raise StorageError(
-            f"{final} could not be written ({failed}); free some space or repair the disk, then continue with "
-            "--resume auto"
-        )
+        raise not_written(final, failed)
 
 
 def _write_manifest(folder: Path, step: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from prune_opd.config.values import MOST_IN_A_NAME
 from prune_opd.errors import CheckpointError, RunDirectoryError, RunLogError, StorageError
-from prune_opd.reporting.records import LOG_KINDS, StepRecord, parse
+from prune_opd.reporting.records import LOG_KINDS, StepRecord, check, parse
 
 
 def sync(path: Path) -> None:
@@ -56,13 +56,13 @@ def log_end(path: Path, last_step: int) -> tuple[int, int | None]:
             if not line.endswith(b"\n"):
                 break
             try:
-                step = parse(line, StepRecord, f"{path}:{number}")["step"]
-                if step > last_step:  # a line that goes need not be whole
+                record = parse(line, StepRecord, f"{path}:{number}")
+                if record["step"] > last_step:  # a line that goes need not be whole
                     break
-                parse(line, LOG_KINDS[path.name], f"{path}:{number}")
+                check(record, LOG_KINDS[path.name], f"{path}:{number}")
             except RunLogError as error:
                 raise CheckpointError(f"{error}; else the run would spoil its log by going on") from None
-            end, last = end + len(line), step
+            end, last = end + len(line), record["step"]
     return end, last
 
 
@@ -91,9 +91,14 @@ def only_writer(run_dir: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _nearest(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists. os.path takes names that no file can have."""
+    return next(above for above in (path.absolute(), *path.absolute().parents) if os.path.exists(above))
+
+
 def check_writable(run_dir: Path) -> None:
     """StorageError when the run directory, or the nearest folder above it that exists, takes no new file."""
-    there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if os.path.exists(path))
+    there = _nearest(run_dir)
     long = max((len(os.fsencode(part)) for part in run_dir.absolute().relative_to(there).parts), default=0)
     if long > MOST_IN_A_NAME:
         raise StorageError(
@@ -108,7 +113,7 @@ def check_writable(run_dir: Path) -> None:
 
 def check_room(run_dir: Path, needed: int, what: str) -> None:
     """StorageError when the file system of `run_dir` has fewer than `needed` bytes free. `what` they are for."""
-    there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
+    there = _nearest(run_dir)
     free = shutil.disk_usage(there).free
     if free < needed:
         raise StorageError(
@@ -125,7 +130,11 @@ def storage_errors(path: Path) -> Iterator[None]:
     except StorageError:
         raise
     except OSError as error:
-        raise StorageError(
-            f"{path} could not be written ({error.strerror or error}); free some space or repair the disk, then "
-            "continue with --resume auto"
-        ) from error
+        raise not_written(path, error.strerror or error) from error
+
+
+def not_written(path: Path, why: object) -> StorageError:
+    """The error of a file or checkpoint that the disk did not take."""
+    return StorageError(
+        f"{path} could not be written ({why}); free some space or repair the disk, then continue with --resume auto"
+    )

@@ -9,7 +9,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from prune_opd.config import Config
-from prune_opd.core.overlap import shared_candidates
 from prune_opd.distributed.merging import Share
 from prune_opd.reporting.drift_log import drift_record, drift_share
 from prune_opd.reporting.rollout_log import rollout_record
@@ -44,12 +43,9 @@ class RunLog:
 
     def share(self, prompts: Sequence[Prompt], result: StepResult) -> Share:
         """What `rollouts` writes of this rank's rollouts. prompts: of each of the step's rollouts."""
-        rollouts, tracking = result.rollouts, self.config.tracking
-        assert rollouts.student is not None
-        share = drift_share(result)
-        shared = shared_candidates(rollouts.student.ids, result.scores.topk.ids).sum(-1)
+        tracking, share = self.config.tracking, drift_share(result)
         share.rows["logged"] = [
-            rollout_record(result, row, prompts[number], shared, self.tokenizer, tracking)
+            rollout_record(result, row, prompts[number], self.tokenizer, tracking)
             if number < tracking.rollouts_per_step
             else None
             for row, number in enumerate(result.numbers)

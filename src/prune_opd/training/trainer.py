@@ -20,7 +20,6 @@ from prune_opd.distributed.world import ALONE, World
 from prune_opd.errors import ConfigError, NonFiniteError, RunInterrupted, ServerError
 from prune_opd.reporting.console import step_view
 from prune_opd.reporting.metrics import metrics_of, step_share
-from prune_opd.rollout.vllm import VLLMSampler
 from prune_opd.step import prune_opd_step
 from prune_opd.training.build import build_parts, prompts_of
 from prune_opd.training.calibration import with_known_threshold
@@ -125,9 +124,8 @@ class Trainer:
         return self.totals
 
     def close(self) -> None:
-        """Shut down an engine in this process, which ends torch.distributed too: after the last use of either."""
-        if isinstance(self.parts.sampler, VLLMSampler):
-            self.parts.sampler.close()
+        """Let go of the sampler's engine. vLLM's ends torch.distributed too: close after the last use of either."""
+        self.parts.sampler.close()
 
     def _steps(self, signals: StopSignals) -> None:
         """The loop: a step, its log or evaluation, a checkpoint where one is due."""
@@ -146,7 +144,7 @@ class Trainer:
                     self._evaluate_and_log(record, signals)
                 else:
                     self._log(record)
-                signal = next(filter(None, self.world.gather(signals.received)), None)  # it may have met some ranks yet
+                signal = self.world.first(signals.received)  # it may have met some ranks only
                 if last or done % training.save_every == 0 or signal:
                     self._save()
                 if signal and not last:
