@@ -462,9 +462,9 @@ def saved(content):
     return buffer.getvalue()
 
 
-def rows_of(tensors):
-    """A share of an optimiser as rank 0 would write it."""
-    return save(tensors, {FIRST_ROWS: json.dumps(dict.fromkeys(tensors, 0))})
+def rows_of(tensors, first=0):
+    """A share of an optimiser as a rank would write it, whose rows begin at `first`."""
+    return save(tensors, {FIRST_ROWS: json.dumps(dict.fromkeys(tensors, first))})
 
 
 def edited_state(**changes):
@@ -487,6 +487,9 @@ FORGED = {
     "an optimiser without its header": resigned(OPTIMIZER, save({"a/step": torch.ones(())})),
     "an optimiser of another model": resigned(OPTIMIZER, rows_of({"another.weight/exp_avg": torch.ones(2, 2)})),
     "an optimiser with a row too few": resigned(OPTIMIZER, rows_of({"model.norm.weight/exp_avg": torch.ones(3)})),
+    "an optimiser whose rows lie elsewhere": resigned(
+        OPTIMIZER, rows_of({"model.norm.weight/exp_avg": torch.ones(3)}, 999)
+    ),
     "an optimiser that is text": resigned(OPTIMIZER, b"not a safetensors file"),
     "a random state of nothing": resigned(RANDOM, save({})),
     "weights of another model": resigned("model.safetensors", b"\x02\0\0\0\0\0\0\0{}"),
