@@ -8,6 +8,8 @@ OPD sharpens what a student can already do, so every model descends from one tha
     low-student      the base, on a worse mixture: errs, rambles past the answer, rarely ends
     high-student     the teacher with one wrong habit late in the chain: agrees almost everywhere, and what it gets
                      wrong lies where a short cut never looks
+    other-end-student  the high-student with the rows of two tokens exchanged: it ends with the padding token, as base
+                     models do, where its teacher has a token of its own
 """
 
 from __future__ import annotations
@@ -38,14 +40,32 @@ MAX_TOKENS = 340
 Writer = Callable[[Problem, random.Random], str]
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(end: str = "<eos>") -> PreTrainedTokenizerFast:
     """One token a word; the vocabulary is the task's."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.decoder = decoders.WordPiece(prefix="\0", cleanup=False)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left", model_max_length=512
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token=end,
+        padding_side="left",
+        model_max_length=512,
+        **({} if end == "<eos>" else {"additional_special_tokens": ["<eos>"]}),
     )
+
+
+def save_with_other_end(student: Qwen3ForCausalLM, folder: Path) -> None:
+    """Save the student as one that says the padding token wherever it would say <eos>."""
+    tokenizer = build_tokenizer("<pad>")
+    changed, other = copy.deepcopy(student), [student.config.eos_token_id, student.config.pad_token_id]
+    with torch.no_grad():
+        rows = changed.get_input_embeddings().weight  # tied to the head
+        rows[other] = rows[other[::-1]]
+    for settings in (changed.config, changed.generation_config):
+        settings.eos_token_id = tokenizer.eos_token_id
+    changed.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def clean(problem: Problem, rng: random.Random) -> str:
@@ -253,6 +273,7 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    save_with_other_end(made["high-student"], args.output_dir / "other-end-student")
     measured["seconds"] = {"total": time.time() - began}
     (args.output_dir / "pairs.json").write_text(json.dumps(measured, indent=1) + "\n")
 

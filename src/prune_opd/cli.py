@@ -158,7 +158,8 @@ def compare(
         str,
         typer.Option(
             help="Comma-separated, the first is what the others are held against: opd, prune, prune-inflight, "
-            "inflight-only, prune-topp, weights-only, window-only, fixed:N, ramp, replay, random."
+            "inflight-only, prune-topp, weights-only, window-only, opd-distinct, prune-distinct, fixed:N, ramp, "
+            "replay, random."
         ),
     ] = "opd,prune",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds each arm runs with.")] = 1,

@@ -15,6 +15,8 @@ Source: arXiv 2605.07804. Where we differ from it, and why:
   * R_t is computed in float64: in float32, 1 - w_drop · C_t can miss zero by more than ε, and E would not stop.
   * −∞ log-probs of a teacher that forbids tokens are floored at −50 nats (core/objective.py), so rewards stay finite.
   * Ids beyond the vocabulary that both models share (padded embedding rows) are cut from samples and normalisers.
+  * Ids that end a response are one action where student and teacher have different ones (core/ends.py): compared id by
+    id, the teacher calls every end a mistake, and the student unlearns to end. `data.end_tokens` has the paper's.
   * M starts at 1024 in the default recipe; the paper gives 1024, 2048 and 6144 in different places.
   * Options beyond the paper, off by default: stopping in flight, the repetition guard, `weight_mean`, `overlap_mass`,
     losses other than `topk_reverse_kl`, a reward of the task beside the teacher's signal, and rollouts of a policy that

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from prune_opd.config import PruningSection
+from prune_opd.core.ends import as_one_end
 from prune_opd.errors import ModelError, ServerError, TokenizerError
 from prune_opd.rollout.base import rollout_uniforms
 from prune_opd.rollout.in_flight import InFlightStop
@@ -40,9 +42,9 @@ def server_of(model=None, shift=0, **settings):
     return serving(model or tiny_model("qwen3", seed=4), Letters(shift), max_logprobs=VOCAB, **settings)
 
 
-def teacher_of(*servers, top_logprobs=VOCAB, **settings) -> ServedTeacher:
+def teacher_of(*servers, top_logprobs=VOCAB, ends=(), **settings) -> ServedTeacher:
     client = Servers([server.url for server in servers], **{"deadline": 60.0, "timeout": 60.0, **settings})
-    return ServedTeacher(client, model="teacher", vocab_size=VOCAB, top_logprobs=top_logprobs)
+    return ServedTeacher(client, model="teacher", vocab_size=VOCAB, top_logprobs=top_logprobs, ends=ends)
 
 
 def test_scores_over_http_are_those_of_the_model_behind_it():
@@ -54,6 +56,29 @@ def test_scores_over_http_are_those_of_the_model_behind_it():
         assert all(any(path == "/v1/completions" for path, *_ in server.seen[1:]) for server in (one, two))
     lengths = rollouts.lengths.tolist()
     assert scores.scored == sum(lengths)
+
+
+def test_several_ends_count_as_one_action_as_in_the_local_teacher():
+    model, ends = tiny_model("qwen3", seed=4), (EOS, 5, 12, 30, 44)
+    rollouts, _ = sample("qwen3")
+    rollouts = replace(rollouts, response_ids=as_one_end(rollouts.response_ids, ends))
+    assert rollouts.finished.any()
+    want = LocalTeacher(model, vocab_size=VOCAB, ends=ends).score(rollouts, top_k=K)
+    plain = LocalTeacher(model, vocab_size=VOCAB).score(rollouts, top_k=K)
+    with server_of(model) as server:
+        got = teacher_of(server, ends=ends).score(rollouts, top_k=K)
+    kept = rollouts.response_mask
+    assert torch.equal(got.topk.ids[kept], want.topk.ids[kept])
+    for values, expected in (
+        (got.topk.logprobs, want.topk.logprobs),
+        (got.topk.entropy, want.topk.entropy),
+        (got.sampled_logprobs, want.sampled_logprobs),
+    ):
+        torch.testing.assert_close(values[kept], expected[kept], atol=1e-4, rtol=0)
+    merged = torch.isin(rollouts.student.ids, torch.tensor(ends[1:]))  # of which nothing is left to look up
+    here = kept.unsqueeze(-1) & ~merged
+    torch.testing.assert_close(got.candidate_logprobs[here], want.candidate_logprobs[here], atol=1e-4, rtol=0)
+    assert not torch.equal(want.sampled_logprobs[kept], plain.sampled_logprobs[kept])
 
 
 def test_candidates_that_are_not_listed_share_the_mass_that_is_left():

@@ -14,6 +14,7 @@ from prune_opd.config.values import Address, Folder, Name, storable
 from prune_opd.core.choices import (
     AfterDrift,
     DriftMetric,
+    EndTokens,
     LossName,
     Normalization,
     RewardWeightMode,
@@ -117,6 +118,11 @@ class DataSection(Section):
         description="Variables of the tokenizer's chat template, for example enable_thinking = false.",
     )
     max_prompt_length: PositiveInt = Field(1024, description="Prompts of more tokens are left out and counted.")
+    end_tokens: EndTokens = Field(
+        "auto",
+        description="Ids that end a response for student or teacher: one action (equivalent), or ids like any other "
+        "(distinct, the paper). auto: equivalent where the two models have different ones.",
+    )
 
 
 class VLLMServerSection(Section):

@@ -22,6 +22,7 @@ from prune_opd.reporting.run_logs import read_config, trained
 PRUNE = {"pruning.enable": True, "pruning.reweight": True, "pruning.in_flight.enable": False}
 WINDOW = {"pruning.dynamic_response_length.enable": True}
 OFF = {"pruning.enable": False}
+DISTINCT = {"data.end_tokens": "distinct"}
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "opd": OFF,  # whole budget, every token weighs 1
@@ -31,6 +32,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prune-topp": PRUNE | {"pruning.metric": "teacher_top_p_accept"},  # the nucleus control
     "weights-only": PRUNE | {"pruning.dynamic_response_length.enable": False},
     "window-only": PRUNE | WINDOW | {"pruning.reweight": False},
+    "opd-distinct": OFF | DISTINCT,  # ids that end a response are compared like any other: the paper
+    "prune-distinct": PRUNE | DISTINCT,
     "ramp": OFF,  # lengths on a straight line
     "replay": OFF,  # lengths of the reference
     "random": OFF | {"objective.weight_normalization": "weight_mean"},  # the mean is over the tokens that are kept

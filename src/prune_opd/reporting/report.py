@@ -24,6 +24,7 @@ import numpy as np
 from prune_opd.reporting.charts import SERIES, page_run
 from prune_opd.reporting.records import write_text
 from prune_opd.reporting.run_logs import PHASES, Run, read_runs
+from prune_opd.reporting.saturation import when_saturated
 from prune_opd.reporting.statistics import difference, evaluation_curve, seconds_to, summary
 from prune_opd.reporting.wording import duration, flattened, percent
 
@@ -61,6 +62,7 @@ def render(runs: Sequence[Run]) -> str:
         runs=runs,
         arms=arms,
         verdict=list(verdict(arms)),
+        saturated=[(run.name, said) for run in runs for said in when_saturated(run.steps)],
         missing=[(run.name, note) for run in runs for note in missing(run)],
         settings=settings_table(runs),
         data=data,

@@ -28,17 +28,24 @@ class LocalTeacher:
     """Implements `Teacher`; the model is put into eval mode and never receives a gradient.
 
     Ids from `vocab_size` on are padding rows of one of the two embeddings: neither candidates nor part of a normaliser.
-    `token_budget` is the most tokens of one forward, as in `pack`. compile: they run compiled (`causal_lm.compiled`).
+    `ends` count as one action (core/ends.py). `token_budget` is the most tokens of one forward, as in `pack`. compile:
+    they run compiled (`causal_lm.compiled`).
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, vocab_size: int, token_budget: int | None = None, compile: bool = False
+        self,
+        model: PreTrainedModel,
+        *,
+        vocab_size: int,
+        ends: Sequence[int] = (),
+        token_budget: int | None = None,
+        compile: bool = False,
     ) -> None:
         self.hidden_states = compiled(hidden_states) if compile else hidden_states
         self.packed_states = compiled(packed_states) if compile else packed_states
         self.long_rows = attends_packed_rows(model, compile=compile)
         self.model, self.token_budget = model.eval().requires_grad_(False), token_budget
-        self.head, self.vocab_size = output_head(model), vocab_size
+        self.head, self.vocab_size, self.ends = output_head(model), vocab_size, tuple(ends)
 
     @torch.no_grad()
     def score(self, rollouts: Rollouts, *, top_k: int) -> TeacherScores:
@@ -81,7 +88,12 @@ class LocalTeacher:
         where = rollout, position
         asked = torch.cat([student.ids[where], response_ids[where].unsqueeze(-1)], dim=-1)
         found = head_statistics(
-            hidden, self.head, top_k=scores.topk.ids.shape[-1], ids=asked, vocab_size=self.vocab_size
+            hidden,
+            self.head,
+            top_k=scores.topk.ids.shape[-1],
+            ids=asked,
+            vocab_size=self.vocab_size,
+            ends=self.ends,
         )
         scores.topk.ids[where] = found.topk_ids
         scores.topk.logprobs[where] = found.topk_logprobs

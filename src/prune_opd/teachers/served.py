@@ -57,10 +57,14 @@ class ServedTeacher:
     """Implements `Teacher`, except for the losses that need full-vocabulary logits.
 
     model: the name that the servers serve it under · vocab_size: ids that student and teacher share · top_logprobs: N
-    above. Nothing is asked of a server before `check`, or the first score.
+    above · `ends` count as one action (core/ends.py), to which those that are not listed add nothing. Nothing is asked
+    of a server before `check`, or the first score.
     """
 
-    def __init__(self, servers: Servers, *, model: str, vocab_size: int, top_logprobs: int) -> None:
+    def __init__(
+        self, servers: Servers, *, model: str, vocab_size: int, top_logprobs: int, ends: Sequence[int] = ()
+    ) -> None:
+        self.ends = tuple(ends)
         self.servers, self.model, self.vocab_size, self.top_logprobs = servers, model, vocab_size, top_logprobs
         self.fingerprint: list[float] | None = None
         servers.probe = self._probe
@@ -120,7 +124,7 @@ class ServedTeacher:
         if answer.get("model") != self.model:
             other = self.servers.key.quote(repr(answer.get("model")))
             raise ServerError(f"an answer is of the model {other}, asked was {self.model!r}")
-        return parse_scores(choice, token_ids, min(self.top_logprobs, self.vocab_size), self.vocab_size)
+        return parse_scores(choice, token_ids, min(self.top_logprobs, self.vocab_size), self.vocab_size, self.ends)
 
     # ---- who answers ----
 
@@ -227,13 +231,15 @@ class PromptScores:
         return torch.where(same.any(-1), listed, self.unlisted[:, None])
 
 
-def parse_scores(choice: dict[str, Any], token_ids: Sequence[int], count: int, vocab_size: int) -> PromptScores:
+def parse_scores(
+    choice: dict[str, Any], token_ids: Sequence[int], count: int, vocab_size: int, ends: Sequence[int] = ()
+) -> PromptScores:
     """Take a completion's `prompt_logprobs` apart: the first None, then for each token {id: {"logprob": float}}.
 
     Raises BadAnswer unless there is an entry for each token sent, with the ids sent, each with the `count` most likely
     tokens and the token itself, all of them log-probabilities of one distribution that float32 can hold, and large
     enough for the likeliest. An id from `vocab_size` on, a token that only the teacher has, is refused: without it,
-    what is left would not be the likeliest.
+    what is left would not be the likeliest. `ends` count as ends[0]; each that is merged into it leaves a place empty.
     """
     found = choice.get("prompt_logprobs")
     if not isinstance(found, list) or len(found) != len(token_ids):
@@ -248,15 +254,19 @@ def parse_scores(choice: dict[str, Any], token_ids: Sequence[int], count: int, v
         listed = distribution(entry, where, vocab_size)
         if token not in listed:
             raise BadAnswer(f"the scores at {where} lack token {token} itself")
-        sampled.append(listed[token])
-        mass = math.fsum(map(math.exp, listed.values()))
         ranked = sorted(listed.items(), key=lambda item: -item[1])
         if len(ranked) < count:
             raise BadAnswer(f"{where} has scores of {len(ranked)} ids, asked were {count}")
         check_mass(listed, ranked[:count], vocab_size, where)
+        least = ranked[count - 1][1]
+        mass = math.fsum(map(math.exp, listed.values()))
+        if there := [listed.pop(end) for end in ends if end in listed]:
+            listed[ends[0]] = math.log(math.fsum(map(math.exp, there)))
+            ranked = sorted(listed.items(), key=lambda item: -item[1])
+        sampled.append(listed[ends[0] if token in ends else token])
         left, rest = max(1 - mass, ROUNDING), vocab_size - len(listed)
         share = math.log(left / rest) if rest > 0 else -math.inf
-        unlisted.append(min(share, ranked[count - 1][1]))
+        unlisted.append(min(share, least))
         entropy.append(-sum(math.exp(value) * value for value in listed.values()) - (left * share if rest > 0 else 0))
         # The token itself rides along behind the `count` likeliest; where it is one of them, the last place is empty.
         ranked += [(-1, -math.inf)] * (count + 1 - len(ranked))

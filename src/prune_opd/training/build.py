@@ -38,6 +38,7 @@ from prune_opd.rollout.local import LocalSampler
 from prune_opd.rollout.sample import Sampled, sample_rollouts
 from prune_opd.rollout.served import ServedSampler
 from prune_opd.rollout.student_copy import StudentCopy
+from prune_opd.rollout.transcript import listed_for
 from prune_opd.rollout.vllm import VLLMSampler
 from prune_opd.serving.client import Servers
 from prune_opd.step import Run
@@ -106,8 +107,13 @@ def build_parts(
     longest = max(config.rollout.max_completion_length, config.evaluation.max_tokens if problems else 0)
     max_model_len = config.data.max_prompt_length + longest
     models.check_context(student.config, config.model.model_name_or_path, max_model_len)
-    teacher, vocab_size = build_teacher(config, student, tokenizer, run_dir, device=device)
-    sampler = build_sampler(config, student, tokenizer, vocab_size=vocab_size, max_model_len=max_model_len, world=world)
+    ends = build_ends(config, student, tokenizer)
+    if ends:
+        console.print(ends_text(ends, tokenizer), highlight=False)
+    teacher, vocab_size = build_teacher(config, student, tokenizer, run_dir, device=device, ends=ends)
+    sampler = build_sampler(
+        config, student, tokenizer, vocab_size=vocab_size, max_model_len=max_model_len, ends=ends, world=world
+    )
     if config.calibrates:  # before the student is sharded; every rank measures the same
         first = [prompt.token_ids for prompt in prompts.batch(0, config.rollout.prompts_per_step)]
         assert isinstance(teacher, LocalTeacher)  # config/rules.py lets no other
@@ -131,6 +137,7 @@ def build_parts(
         optimizer=optimizer,
         window=build_window(config),
         vocab_size=vocab_size,
+        ends=ends,
         world=world,
         ahead=ahead,
     )
@@ -143,6 +150,26 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     tokenizer = models.load_tokenizer(names[0], config.model)
     models.check_token_maps(tokenizer, models.load_tokenizer(names[1], config.model))
     return tokenizer
+
+
+def build_ends(config: Config, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids that count as one end, by `data.end_tokens`; the student then ends a response with each of them.
+
+    They are written into its generation settings, so that they are saved with it.
+    """
+    name = config.model.teacher_model_name_or_path
+    ours = models.end_ids(student.generation_config, tokenizer)
+    theirs = models.read_end_ids(name, models.load_tokenizer(name, config.model))
+    ends = models.one_end(ours, theirs, config.data.end_tokens, tokenizer.eos_token_id)
+    if ends:
+        student.generation_config.eos_token_id = list(ends)
+    return ends
+
+
+def ends_text(ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """For the console: which ids count as one end."""
+    named = ", ".join(f"{tokenizer.convert_ids_to_tokens(end)!r} ({end})" for end in ends)
+    return f"student and teacher end with different ids; {named} count as one action (data.end_tokens)"
 
 
 def build_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptSource:
@@ -190,6 +217,7 @@ def build_sampler(
     *,
     vocab_size: int,
     max_model_len: int,
+    ends: Sequence[int] = (),
     world: World = ALONE,
 ) -> Sampler:
     """The sampler of a recipe. Raises EngineError, ModelError or ServerError when vLLM or its server cannot be used."""
@@ -204,6 +232,7 @@ def build_sampler(
             pad_id=pad_id,
             eos_ids=eos_ids,
             vocab_size=vocab_size,
+            ends=ends,
             slots=rollout.slots,
             compile=config.model.compile,
         )
@@ -225,6 +254,7 @@ def build_sampler(
             eos_ids=eos_ids,
             slots=rollout.slots,
             weights_dir=Path(asked.weights_dir).absolute() if asked.weights_dir else None,
+            ends=ends,
             world=world,
         )
         sampler.check(max_model_len)
@@ -242,6 +272,7 @@ def build_sampler(
         gpu_memory_utilization=rollout.vllm_gpu_memory_utilization,
         enable_sleep_mode=rollout.vllm_enable_sleep_mode,
         trust_remote_code=config.model.trust_remote_code,
+        ends=ends,
         world=world,
     )
 
@@ -253,6 +284,7 @@ def build_teacher(
     run_dir: Path | None,
     *,
     device: torch.device,
+    ends: Sequence[int] = (),
 ) -> tuple[Teacher, int]:
     """The teacher, and how many ids it shares with the student.
 
@@ -266,7 +298,8 @@ def build_teacher(
         model = models.load_model(name, settings, dtype=settings.teacher_dtype, device=device)
         models.check_context(model.config, name, longest)
         vocab_size = models.shared_vocab_size(student, model.get_output_embeddings().weight.shape[0], top_k)
-        return LocalTeacher(model, vocab_size=vocab_size, compile=settings.compile), vocab_size
+        models.check_ends(ends, vocab_size)
+        return LocalTeacher(model, vocab_size=vocab_size, ends=ends, compile=settings.compile), vocab_size
     teacher_config = read_model_config(name, settings, local_files_only=False)
     if teacher_config is None:
         raise ModelError(
@@ -274,7 +307,14 @@ def build_teacher(
             "Set model.teacher_model_name_or_path to a folder with its config.json and tokenizer"
         )
     vocab_size = models.shared_vocab_size(student, teacher_config.get_text_config().vocab_size, top_k)
+    models.check_ends(ends, vocab_size)
     served = settings.teacher_server
+    if served.top_logprobs < (listed := listed_for(top_k, ends)):
+        raise ModelError(
+            f"model.teacher_server.top_logprobs = {served.top_logprobs} is too few: {len(ends)} ids that end a "
+            f"response count as one, so {listed} are needed for the {top_k} likeliest; raise it, and the servers' "
+            "--max-logprobs"
+        )
     servers = Servers(
         settings.teacher_model_server_url,
         timeout=served.timeout,
@@ -282,7 +322,11 @@ def build_teacher(
         concurrency=served.concurrency,
     )
     teacher = ServedTeacher(
-        servers, model=served.model or name, vocab_size=vocab_size, top_logprobs=min(served.top_logprobs, vocab_size)
+        servers,
+        model=served.model or name,
+        vocab_size=vocab_size,
+        top_logprobs=min(served.top_logprobs, vocab_size),
+        ends=ends,
     )
     probe = run_dir / TEACHER_PROBE if run_dir else None
     known = read_object(probe, TeacherProbe, CheckpointError)["logprobs"] if probe and probe.exists() else None
@@ -378,11 +422,12 @@ def build_run(
     optimizer: torch.optim.Optimizer,
     window: TrainingWindow | LengthSchedule | None,
     vocab_size: int,
+    ends: Sequence[int] = (),
     world: World = ALONE,
     ahead: RolloutsAhead | None = None,
 ) -> Run:
-    """What the step works with. vocab_size: ids that student and teacher share."""
+    """What the step works with. vocab_size: ids that student and teacher share; `ends` of them count as one action."""
     update = StudentUpdate(
-        config, student=student, teacher=teacher, optimizer=optimizer, vocab_size=vocab_size, world=world
+        config, student=student, teacher=teacher, optimizer=optimizer, vocab_size=vocab_size, ends=ends, world=world
     )
     return Run(config, sampler, teacher, token_weights(config, world), window, update, world, ahead)

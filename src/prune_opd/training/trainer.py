@@ -20,6 +20,7 @@ from prune_opd.distributed.world import ALONE, World
 from prune_opd.errors import ConfigError, NonFiniteError, RunInterrupted, ServerError
 from prune_opd.reporting.console import step_view
 from prune_opd.reporting.metrics import metrics_of, step_share
+from prune_opd.reporting.saturation import saturated
 from prune_opd.step import prune_opd_step
 from prune_opd.training.build import build_parts, prompts_of
 from prune_opd.training.calibration import with_known_threshold
@@ -130,7 +131,8 @@ class Trainer:
     def _steps(self, signals: StopSignals) -> None:
         """The loop: a step, its log or evaluation, a checkpoint where one is due."""
         training = self.config.training
-        with step_view(self.console, self.log.steps()) as show:
+        records = self.log.steps()
+        with step_view(self.console, records) as show:
             for step in range(self.steps_done, training.steps):
                 done, last = step + 1, step + 1 == training.steps
                 try:
@@ -139,6 +141,9 @@ class Trainer:
                     self._stop_for_server(step, error)
                 if self.world.rank == 0 and "skipped" not in record:
                     show(record)
+                    records.append(record)
+                    if (said := saturated(records)) and not saturated(records[:-1]):
+                        self._note(f"  {said}")
                 self.steps_done = done
                 if self.held_out.due(done, last=last):
                     self._evaluate_and_log(record, signals)
