@@ -145,6 +145,12 @@ class RolloutSection(Section):
 
     prompts_per_step: PositiveInt = Field(64, description="Prompts in one optimiser step.")
     num_generations: PositiveInt = Field(4, description="Rollouts of each prompt.")
+    token_budget: PositiveInt | None = Field(
+        None,
+        examples=[16384],
+        description="Response tokens of a step: from the second on, as many prompts as take about so many, at most 8 "
+        "times prompts_per_step. Unset, each step has prompts_per_step.",
+    )
     max_completion_length: PositiveInt = Field(12288, description="Most tokens of a response (the paper's M_max).")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; other than 1 is not on-policy.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus of the student's sampling; below 1 is not on-policy.")

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prune_opd.config import Config
+from prune_opd.core.budget import TokenBudget
 from prune_opd.core.window import LengthSchedule, TrainingWindow
 from prune_opd.data.source import DatasetSource, PromptSource, held_out_prompts, training_prompts
 from prune_opd.distributed import sharding as distributed
@@ -128,7 +129,8 @@ def build_parts(
         output_head(student)  # compared with the model's own logits while it can still run by itself
         distributed.shard(student)
     optimizer, schedule = build_optimizer(student, config)
-    rollout_sampler, ahead = build_rollouts(config, sampler, prompts, teacher, world)
+    budget = build_budget(config)
+    rollout_sampler, ahead = build_rollouts(config, sampler, prompts, teacher, budget, world)
     run = build_run(
         config,
         student=student,
@@ -140,6 +142,7 @@ def build_parts(
         ends=ends,
         world=world,
         ahead=ahead,
+        budget=budget,
     )
     return Parts(config, tokenizer, prompts, problems, reward, student, sampler, optimizer, schedule, calibration, run)
 
@@ -204,9 +207,12 @@ def build_reward(config: Config, tokenizer: PreTrainedTokenizerBase) -> TaskRewa
     return reward
 
 
-def prompts_of(source: PromptSource, config: Config, step: int) -> list[Prompt]:
-    """The prompt of each rollout of a step; those of one prompt stand side by side."""
-    prompts = source.batch(step, config.rollout.prompts_per_step)
+def prompts_of(source: PromptSource, config: Config, step: int, budget: TokenBudget | None) -> list[Prompt]:
+    """The prompt of each rollout of a step, the next one of the budget; those of one prompt stand side by side."""
+    if budget:
+        prompts = source.batch(step, budget.prompts, budget.first)
+    else:
+        prompts = source.batch(step, config.rollout.prompts_per_step)
     return [prompt for prompt in prompts for _ in range(config.rollout.num_generations)]
 
 
@@ -349,6 +355,14 @@ def build_window(config: Config) -> TrainingWindow | LengthSchedule | None:
     return TrainingWindow(**config.pruning.dynamic_response_length.model_dump(exclude={"enable"}))
 
 
+def build_budget(config: Config) -> TokenBudget | None:
+    """What sets the number of prompts of each step; None when it is fixed."""
+    rollout = config.rollout
+    if rollout.token_budget is None:
+        return None
+    return TokenBudget(rollout.token_budget, prompts=rollout.prompts_per_step, num_generations=rollout.num_generations)
+
+
 def build_optimizer(
     model: torch.nn.Module, config: Config
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
@@ -394,7 +408,12 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def build_rollouts(
-    config: Config, sampler: Sampler, prompts: PromptSource, teacher: Teacher, world: World
+    config: Config,
+    sampler: Sampler,
+    prompts: PromptSource,
+    teacher: Teacher,
+    budget: TokenBudget | None,
+    world: World,
 ) -> tuple[Sampler, RolloutsAhead | None]:
     """What samples the rollouts of a step: `sampler`, or a copy of the student in another type or a step ahead."""
     if not config.samples_from_copy:
@@ -406,7 +425,7 @@ def build_rollouts(
         return student_copy, None
 
     def sample(step: int, max_length: int, sampler: LocalSampler) -> Sampled:
-        token_ids = [prompt.token_ids for prompt in prompts_of(prompts, config, step)]
+        token_ids = [prompt.token_ids for prompt in prompts_of(prompts, config, step, budget)]
         watch = Stopwatch(sampler.model.device)  # its seconds are not time that the step waited
         return sample_rollouts(step, token_ids, max_length, sampler, teacher, config, watch, world)
 
@@ -425,9 +444,10 @@ def build_run(
     ends: Sequence[int] = (),
     world: World = ALONE,
     ahead: RolloutsAhead | None = None,
+    budget: TokenBudget | None = None,
 ) -> Run:
     """What the step works with. vocab_size: ids that student and teacher share; `ends` of them count as one action."""
     update = StudentUpdate(
         config, student=student, teacher=teacher, optimizer=optimizer, vocab_size=vocab_size, ends=ends, world=world
     )
-    return Run(config, sampler, teacher, token_weights(config, world), window, update, world, ahead)
+    return Run(config, sampler, teacher, token_weights(config, world), window, update, world, ahead, budget)

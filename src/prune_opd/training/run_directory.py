@@ -157,6 +157,7 @@ class RunDirectory:
             optimizer=parts.optimizer,
             schedule=parts.schedule,
             window=parts.run.window,
+            budget=parts.run.budget,
             totals=totals,
             config=parts.config,
             unlogged=unlogged,

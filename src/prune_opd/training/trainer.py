@@ -72,6 +72,7 @@ class Trainer:
                 optimizer=parts.optimizer,
                 schedule=parts.schedule,
                 window=self.run.window,
+                budget=self.run.budget,
             )
             self.steps_done, self.totals, self.unlogged = state.step, state.totals, state.unlogged
             steps = config.training.steps
@@ -158,7 +159,7 @@ class Trainer:
     def _step(self, step: int) -> dict[str, Any]:
         """One step of the method; its record for metrics.jsonl."""
         began, processor_began, totals = time.perf_counter(), time.process_time(), self.totals
-        prompts = prompts_of(self.parts.prompts, self.config, step)
+        prompts = prompts_of(self.parts.prompts, self.config, step, self.run.budget)
         try:
             reward = functools.partial(self.parts.reward, prompts) if self.parts.reward else None
             result = prune_opd_step(self.run, step, [prompt.token_ids for prompt in prompts], reward)
@@ -193,6 +194,8 @@ class Trainer:
     def _skip(self, step: int, prompts: Sequence[Prompt], error: NonFiniteError, began: float) -> dict[str, Any]:
         """The record of a step that met NaN: nothing was learnt from it. Raises NonFiniteError after too many."""
         self.faults.skip(step + 1, prompts, error)
+        if self.run.budget:
+            self.run.budget.skip()
         self.parts.optimizer.zero_grad(set_to_none=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch misses the optimiser's step, which was left out on purpose
@@ -265,7 +268,7 @@ class Trainer:
 
     def _show_example(self) -> None:
         prompts, tokenizer = self.parts.prompts, self.parts.tokenizer
-        prompt = prompts_of(prompts, self.config, self.steps_done)[0]
+        prompt = prompts_of(prompts, self.config, self.steps_done, self.run.budget)[0]
         self.console.print(
             f"first prompt ({len(prompt.token_ids)} tokens, {prompt.source}), as the model sees it:", style="dim"
         )
