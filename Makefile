@@ -18,7 +18,7 @@ NOW = $(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-locked setup-trl setup-liger setup-smollm setup-trackers setup-vllm setup-verl test test-engines check lint format demo demo-smollm assets smollm-pair docs bench soak fuzz kill licences lock audit clean
+.PHONY: help setup setup-locked setup-trl setup-liger setup-smollm setup-trackers setup-vllm setup-verl test test-engines check lint format demo demo-smollm assets smollm-pair docs bench soak fuzz kill licences lock audit release clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -106,6 +106,10 @@ lock: setup  ## write the lock files: constraints.txt with the SHA-256 of every 
 audit: setup  ## known vulnerabilities of the pinned packages (asks the package index)
 	$(PIP) pip-audit
 	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
+release: setup  ## build wheel and source archive twice, with SBOM and provenance, into dist/ (from a clean commit)
+	$(PIP) build cyclonedx-bom
+	$(BIN)/python scripts/make_release.py
 
 clean:  ## delete build/ and caches; .venv and runs/ stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,7 +9,7 @@ OPD sharpens what a student can already do, so every model descends from one tha
     high-student     the teacher with one wrong habit late in the chain: agrees almost everywhere, and what it gets
                      wrong lies where a short cut never looks
     other-end-student  the high-student with the rows of two tokens exchanged: it ends with the padding token, as base
-                     models do, where its teacher has a token of its own
+                     models do, where its teacher has a token of its own; and less surely, after four answers of five
 """
 
 from __future__ import annotations
@@ -56,12 +56,16 @@ def build_tokenizer(end: str = "<eos>") -> PreTrainedTokenizerFast:
 
 
 def save_with_other_end(student: Qwen3ForCausalLM, folder: Path) -> None:
-    """Save the student as one that says the padding token wherever it would say <eos>."""
+    """Save the student as one that says the padding token where it would say <eos>, and not always.
+
+    Not always, because p (1 - p) of the gradient at an end that is certain is nothing: such a student unlearns nothing.
+    """
     tokenizer = build_tokenizer("<pad>")
     changed, other = copy.deepcopy(student), [student.config.eos_token_id, student.config.pad_token_id]
     with torch.no_grad():
         rows = changed.get_input_embeddings().weight  # tied to the head
         rows[other] = rows[other[::-1]]
+        rows[tokenizer.eos_token_id] *= 0.6  # from 1.00 to 0.81 after an answer
     for settings in (changed.config, changed.generation_config):
         settings.eos_token_id = tokenizer.eos_token_id
     changed.save_pretrained(folder)
