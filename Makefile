@@ -108,7 +108,7 @@ audit: setup  ## known vulnerabilities of the pinned packages (asks the package 
 	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 release: setup  ## build wheel and source archive twice, with SBOM and provenance, into dist/ (from a clean commit)
-	$(PIP) build cyclonedx-bom
+	$(PIP) build==1.6.1 cyclonedx-bom==7.5.0
 	$(BIN)/python scripts/make_release.py
 
 clean:  ## delete build/ and caches; .venv and runs/ stay

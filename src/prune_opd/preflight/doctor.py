@@ -271,7 +271,7 @@ def _probe(config: Config, tokenizers: Tokenizers, prompts: Sequence[Prompt], sa
     ends = build_ends(config, student, tokenizers[0])
     teacher, vocab_size = build_teacher(config, student, tokenizers[0], None, device=device, ends=ends)
     if isinstance(teacher, ServedTeacher):
-        say("teacher's answers", "ok", f"model, tokens and {teacher.top_logprobs} candidates a token are as expected")
+        say("teacher's answers", "ok", f"model, tokens and scores are as expected; {teacher.way}")
     width = config.data.max_prompt_length + config.longest_response
     sampler = build_sampler(config, student, tokenizers[0], vocab_size=vocab_size, max_model_len=width, ends=ends)
     by_student = student_written(config, token_ids, sampler, teacher)

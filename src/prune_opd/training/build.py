@@ -112,6 +112,8 @@ def build_parts(
     if ends:
         console.print(ends_text(ends, tokenizer), highlight=False)
     teacher, vocab_size = build_teacher(config, student, tokenizer, run_dir, device=device, ends=ends)
+    if isinstance(teacher, ServedTeacher):
+        console.print(teacher.way, highlight=False)
     sampler = build_sampler(
         config, student, tokenizer, vocab_size=vocab_size, max_model_len=max_model_len, ends=ends, world=world
     )
