@@ -40,8 +40,8 @@ OWN = "actor_rollout_ref.rollout.custom.prune_opd"
 ACTOR, ROLLOUT, LOSS = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "distillation.distillation_loss"
 
 
-def write_data(folder: Path) -> None:
-    """The embedded pairs with a chat template, which is the question itself, and 16 prompts of the quickstart."""
+def write_data(folder: Path, *, steps: int = 4, prompts_per_step: int = PROMPTS) -> None:
+    """The embedded models with a chat template, which is the question itself, and prompts of the quickstart."""
     config = load_config(str(ROOT / "recipes" / "quickstart.toml"))
     tokenizer = load_tokenizer("embedded:low-student", config.model)
     for name in ("low-student", "high-student", "teacher"):
@@ -49,6 +49,8 @@ def write_data(folder: Path) -> None:
         path = folder / name / "tokenizer_config.json"
         template = {"chat_template": "{{ messages[-1]['content'] }}"}
         path.write_text(json.dumps(json.loads(path.read_text()) | template))
+    source = training_prompts(config.data, tokenizer, seed=0)
+    prompts = [prompt for step in range(steps) for prompt in source.batch(step, prompts_per_step)]
     rows = [
         {
             "data_source": ("sums", "others")[number % 2],
@@ -56,7 +58,7 @@ def write_data(folder: Path) -> None:
             "reward_model": {"style": "rule", "ground_truth": "0"},
             "extra_info": {"index": number},
         }
-        for number, prompt in enumerate(training_prompts(config.data, tokenizer, seed=0).batch(0, 16))
+        for number, prompt in enumerate(prompts)
     ]
     pandas.DataFrame(rows).to_parquet(folder / "train.parquet")
     (folder / "reward.py").write_text("def compute_score(*args, **kwargs):\n    return 0.0\n")

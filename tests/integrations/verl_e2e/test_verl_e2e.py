@@ -187,7 +187,7 @@ def test_every_step_on_two_ranks_is_ours(data: Path, two_ranks: VerlRun) -> None
     first, last = two_ranks.weights[0], two_ranks.weights[-1]
     moved = {name: (last[name] - first[name]).abs().max() for name in first}
     assert min(moved.values()) > 2e-5  # the student learnt, and its server was told; far more than what is tolerated
-    assert len({round(float(row["weighted"][0]), 6) for step in two_ranks.steps for row in step.rollouts}) > 30
+    assert len({rollout for step in two_ranks.steps for rollout in rollouts_of(step)}) > 40  # of 48: real samples
 
 
 def test_the_window_moves_both_ways_and_is_kept_to(two_ranks: VerlRun) -> None:
