@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from prune_opd.config import load_config
 from prune_opd.errors import ConfigError
@@ -14,12 +15,13 @@ from prune_opd.preflight.topology import GPUs, parse_memory, per_gpu, topology_r
 
 ROOT = Path(__file__).parents[2] / "recipes"
 PAIRS = ["justrl-1.5b", "r1-distill-7b-to-1.5b", "qwen3-4b-to-1.7b-base", "qwen3-4b-to-4b-base", "skywork-7b"]
+CUDA = torch.device("cuda")  # which need not be here
 NODE = GPUs(8, parse_memory("80GB"))
 
 
 def rows(name: str, gpus: GPUs, *settings: str) -> dict[str, str]:
     config = load_config(ROOT / f"{name}.toml", settings)
-    return dict(topology_rows(config, estimate_memory(config), gpus))
+    return dict(topology_rows(config, estimate_memory(config, CUDA), gpus))
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -55,7 +57,7 @@ def test_what_does_not_fit_says_what_to_change():
 
 def test_shards_and_sleep_are_what_they_save():
     config = load_config(ROOT / "paper/skywork-7b.toml")
-    memory = estimate_memory(config)
+    memory = estimate_memory(config, CUDA)
     one, eight = per_gpu(config, memory, GPUs(1, 10**12)), per_gpu(config, memory, GPUs(8, 10**12))
     assert one is not None and eight is not None
     for name in ("student", "gradients", "AdamW state"):

@@ -114,22 +114,33 @@ def attends_packed_rows(model: torch.nn.Module, *, compile: bool) -> bool:
 
 
 def choose_attention(model: PreTrainedModel, requested: str, *, device: torch.device, half: bool, compile: bool) -> str:
-    """What packed rows of `model` shall attend by on `device`; the model keeps it, and slots and plain forwards theirs.
+    """Have packed rows of `model` attend by `attention_for` the same arguments, which is returned.
+
+    Slots and plain forwards keep what the model was loaded with, unless that would leave out the caps of its scores.
+    """
+    attention = attention_for(model, requested, device=device, half=half, compile=compile)
+    if attention == "eager":
+        model.set_attn_implementation(attention)
+    model.packed_attention = _loaded_kernel(model, attention) if attention.startswith("flash") else attention
+    return attention
+
+
+def attention_for(model: PreTrainedModel, requested: str, *, device: torch.device, half: bool, compile: bool) -> str:
+    """What packed rows of `model` can attend by on `device`, which need not be here.
 
     requested: `model.attn_implementation`; on a CUDA device `auto` is the first that can serve of flash_attention_3 (on
-    Hopper), varlen, flash_attention_2 and flex_attention, and elsewhere what the model was loaded with. half: whether
-    its forwards compute in bfloat16. compile: whether they run compiled. Raises ModelError for one that cannot serve.
+    Hopper), varlen, flash_attention_2 and flex_attention, and elsewhere what the model was loaded with; `eager` where
+    it caps its scores. half: whether its forwards compute in bfloat16. compile: whether they run compiled. Raises
+    ModelError for one that cannot serve.
     """
-    loaded = model.config.get_text_config()._attn_implementation
+    config = model.config.get_text_config()
     if requested == "auto":
         fast = ("flash_attention_3", VARLEN, "flash_attention_2", FLEX) if device.type == "cuda" else ()
         serve = [name for name in fast if _here(name) and not _objection(model, name, device, half, compile)]
-        requested = serve[0] if serve else loaded
+        caps = getattr(config, "attn_logit_softcapping", None) is not None
+        requested = serve[0] if serve else "eager" if caps else config._attn_implementation
     if objection := _objection(model, requested, device, half, compile):
         raise ModelError(f"model.attn_implementation = {requested!r}: {objection}")
-    if requested.startswith("flash"):
-        requested = _loaded_kernel(model, requested)
-    model.packed_attention = requested
     return requested
 
 
