@@ -34,17 +34,6 @@ def test_the_pairs_of_the_paper_fit_a_node_of_80_gb_and_no_number_is_missing(nam
     assert "unknown" not in describe_plan(load_config(ROOT / f"paper/{name}.toml"), NODE)
 
 
-@pytest.mark.parametrize(
-    ("name", "gpus"), [("1x8", NODE), ("4x8", GPUs(32, NODE.bytes)), ("1x1-80gb", GPUs(1, NODE.bytes))]
-)
-def test_the_recipes_for_more_and_for_less_fit_too(name, gpus):
-    assert rows(f"scale/{name}", gpus)["verdict"] == "fits"
-
-
-def test_the_recipe_for_a_consumer_gpu_fits_24_gb():
-    assert rows("scale/1x1-24gb", GPUs(1, parse_memory("24GB")))["verdict"] == "fits"
-
-
 def test_what_does_not_fit_says_what_to_change():
     small = GPUs(8, parse_memory("24GB"))
     text = rows("paper/skywork-7b", small)["verdict"]
