@@ -22,9 +22,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prune_opd.models.causal_lm import output_head, packed_attention, seen_columns
+from prune_opd.models.causal_lm import output_head
 from prune_opd.models.kernels.attend_one import attend_one
 from prune_opd.models.kernels.attend_rows import attend_rows
+from prune_opd.models.packed_attention import packed_attention, seen_columns
 from prune_opd.models.slot_cache import SLOT_ATTENTION, SlotCache
 from prune_opd.rollout.local import Generation, decode
 from prune_opd.types import TopK

@@ -28,6 +28,8 @@ from scaling import PHASES, Bench, least_work, measured_ceilings, summarise, tab
 from transformers import Qwen3Config
 
 from prune_opd.config import with_settings
+from prune_opd.models.packed_attention import choose_attention
+from prune_opd.teachers.local import LocalTeacher
 
 QWEN3_1_7B = {
     "vocab_size": 151_936,
@@ -60,6 +62,9 @@ def main() -> None:
     shape = Qwen3Config(**QWEN3_1_7B)
     bench = Bench(shape, device=device, dtype=torch.float32, threads=1)
     bench.teacher.model.to(torch.bfloat16)
+    for model in (bench.student, bench.teacher.model):
+        choose_attention(model, "auto", device=device, half=True, compile=False)
+    bench.teacher = LocalTeacher(bench.teacher.model, vocab_size=shape.vocab_size)
     settings = {"bf16": True, "micro_batch_tokens": args.micro_batch_tokens, "gradient_checkpointing": True}
     bench.student.gradient_checkpointing_enable({"use_reentrant": False})
     bench.student.train()

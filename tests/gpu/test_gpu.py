@@ -13,11 +13,16 @@ import pytest
 import torch
 
 from prune_opd.core.head import OutputHead, differentiable_head_statistics
+from prune_opd.errors import ModelError
+from prune_opd.models.packed_attention import choose_attention, packed_states, packing_of, use_packed_attention
+from prune_opd.models.packing import pack
 from prune_opd.rollout.base import rollout_uniforms
 from prune_opd.rollout.local import LocalSampler
 from prune_opd.teachers.local import LocalTeacher
 from prune_opd.training.build import build_optimizer, build_window
 from tests.families import EOS, PAD, VOCAB, tiny_model, tiny_prompts
+from tests.models.test_packed_attention import of_tokens
+from tests.models.test_packing import rollouts_of
 from tests.steps import step_of
 from tests.test_step import IN_FLIGHT, by_hand, config_of, gradients, related
 
@@ -128,6 +133,49 @@ def test_a_step_by_ligers_kernel_is_the_same_step():
     (loss, gradient), (of_liger, gradient_of_liger) = found
     assert of_liger == pytest.approx(loss, rel=1e-4)
     torch.testing.assert_close(gradient_of_liger, gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("attention", ["varlen", "flex_attention", "flash_attention_2", "flash_attention_3"])
+def test_packed_rows_without_a_dense_mask_have_its_states_and_gradients(family, attention):
+    """Heads of 64, as kernels want them; half precision for flash attention, whose own error is what float64 shows."""
+    half = attention != "flex_attention"
+    dtype = torch.bfloat16 if half else torch.float32
+    model = tiny_model(family, head_dim=64).to(DEVICE, dtype).train()
+    exact = copy.deepcopy(model).double()
+    try:
+        choose_attention(model, attention, device=torch.device(DEVICE), half=half, compile=False)
+    except ModelError as error:
+        pytest.skip(str(error))
+    rollouts = rollouts_of([[2, 7, 3]] * 3 + [[4, 5]] * 2, [300, 1, 170, 25, 160])
+    rollouts = replace(
+        rollouts, response_ids=rollouts.response_ids.to(DEVICE), response_mask=rollouts.response_mask.to(DEVICE)
+    )
+    found = []
+    for network in (model, exact):
+        with use_packed_attention(network):
+            parts = list(pack(rollouts, 10**6, **packing_of(network)))
+            states = of_tokens(network, parts, packed_states)
+            (states * torch.linspace(-1, 1, states.numel(), device=DEVICE).view_as(states)).sum().backward()
+        found.append((states.detach().double(), gradients(network).double()))
+    for got, want in zip(*found, strict=True):
+        assert ((got - want).norm() / want.norm()).item() < (5e-2 if half else 1e-3)
+
+
+def test_flash_attention_holds_no_mask():
+    """Counted bytes: at 16,384 tokens a mask of a byte for each pair is 268 MB, and sdpa copies it in every layer."""
+    model = tiny_model("llama", head_dim=64, max_position_embeddings=20_000).to(DEVICE, torch.bfloat16)
+    rollouts = rollouts_of([[2, 7, 3]] * 4, [4000] * 4)
+    rollouts = replace(
+        rollouts, response_ids=rollouts.response_ids.to(DEVICE), response_mask=rollouts.response_mask.to(DEVICE)
+    )
+    assert choose_attention(model, "auto", device=torch.device(DEVICE), half=True, compile=False) != "sdpa"
+    (part,) = pack(rollouts, 20_000, **packing_of(model))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.no_grad(), use_packed_attention(model):
+        packed_states(model, part)
+    assert torch.cuda.max_memory_allocated() - before < 16_000**2 / 2
 
 
 @pytest.mark.slow

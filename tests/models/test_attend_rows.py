@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prune_opd.models import causal_lm as modeling
-from prune_opd.models.causal_lm import PACKED_ATTENTION, in_window, seen_columns, use_attention
+from prune_opd.models import packed_attention as modeling
+from prune_opd.models.causal_lm import use_attention
 from prune_opd.models.kernels.attend_one import HEAD_SIZES
 from prune_opd.models.kernels.attend_rows import _kernels, attend_rows
+from prune_opd.models.packed_attention import PACKED_ATTENTION, in_window, seen_columns
 from tests.families import tiny_model
 from tests.models.test_compile import needs_compiler
 from tests.models.test_packed_attention import packed, states_and_gradients

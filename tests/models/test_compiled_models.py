@@ -55,7 +55,8 @@ def measure(name: str) -> dict[str, float]:
 
     They take turns, as student and teacher do: the first is compiled first, and meets the code of the second later.
     """
-    from prune_opd.models.causal_lm import compiled, packed_states
+    from prune_opd.models.causal_lm import compiled
+    from prune_opd.models.packed_attention import packed_states
     from prune_opd.models.packing import pack
     from tests.models.test_packing import rollouts_of
 
@@ -79,9 +80,9 @@ def measure(name: str) -> dict[str, float]:
 
 
 def states(function: Any, model: PreTrainedModel, part: Any) -> torch.Tensor:
-    from prune_opd.models.causal_lm import PACKED_ATTENTION, use_attention
+    from prune_opd.models.packed_attention import use_packed_attention
 
-    with torch.no_grad(), use_attention(model, PACKED_ATTENTION):
+    with torch.no_grad(), use_packed_attention(model):
         return function(model, part)[part.row, part.column]
 
 

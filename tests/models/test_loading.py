@@ -1,4 +1,4 @@
-"""A peft adapter wherever a model is named: for the teacher, for the student, under a new adapter, over another one."""
+"""A peft adapter wherever a model is named (teacher, student, under a new adapter, over another one), and attention."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from prune_opd.models.loading import (
     resolve_model,
 )
 from prune_opd.training.trainer import Trainer
+from tests.families import tiny_model
 
 BASE = "embedded:low-student"
 CPU = torch.device("cpu")
@@ -201,3 +202,27 @@ def test_without_peft(adapter, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ModelError, match="peft cannot be imported"):
         load(adapter)
+
+
+def test_a_model_that_caps_its_scores_is_loaded_with_them(tmp_path):
+    """transformers' sdpa leaves the caps out, and says nothing."""
+    model = tiny_model("gemma2", attn_logit_softcapping=0.5)
+    model.save_pretrained(tmp_path)
+    settings = ModelSection(model_name_or_path=str(tmp_path), teacher_model_name_or_path=str(tmp_path))
+    loaded = load_model(str(tmp_path), settings, dtype="float32", device=torch.device("cpu"))
+    ids = torch.arange(2, 30)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(ids).logits, model(ids).logits)
+        model.set_attn_implementation("sdpa")
+        assert (loaded(ids).logits - model(ids).logits).abs().max() > 0.1, "nothing was capped"
+
+
+def test_a_dense_mask_off_the_cpu_is_named_with_its_bytes(tmp_path, caplog):
+    """`meta` stands for any device that is no CPU."""
+    tiny_model("qwen3").save_pretrained(tmp_path)
+    settings = ModelSection(model_name_or_path=str(tmp_path), teacher_model_name_or_path=str(tmp_path))
+    for device, warnings in (("cpu", 0), ("meta", 1)):
+        caplog.clear()
+        load_model(str(tmp_path), settings, dtype="float32", device=torch.device(device), longest=13_312)
+        assert len(caplog.messages) == warnings
+    assert "a dense mask of 177,209,344 bytes for a row of 13,312 tokens" in caplog.text

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prune_opd.models.causal_lm import seen_columns
+from prune_opd.models.packed_attention import seen_columns
 from prune_opd.models.packing import Packed, default_token_budget, pack
 from prune_opd.types import Rollouts
 from tests.families import PAD, VOCAB

@@ -23,6 +23,7 @@ from prune_opd.preflight.plan import (
     events_until_unreliable,
     most_response_tokens,
 )
+from prune_opd.preflight.topology import GPUs
 
 NETWORK = AutoConfig.for_model(
     "qwen3",
@@ -155,9 +156,31 @@ def test_the_largest_micro_batch_keeps_to_the_budget():
         "rollout.prompts_per_step": 4,
         "rollout.num_generations": 2,
     }
-    assert micro_batch_shape(config(**lengths, **{"training.micro_batch_tokens": 399})) == (3, 100, 90)
-    assert micro_batch_shape(config(**lengths, **{"training.micro_batch_tokens": 50})) == (1, 100, 90)
-    assert micro_batch_shape(config(**lengths, **{"training.micro_batch_tokens": 9999})) == (8, 100, 90)
+
+    def shape(budget: int, attention: str) -> tuple[int, int]:
+        recipe = config(**lengths, **{"training.micro_batch_tokens": budget})
+        return micro_batch_shape(recipe, torch.device("cpu"), attention)
+
+    assert [shape(budget, "sdpa") for budget in (399, 50, 9999)] == [(3, 100), (1, 100), (8, 100)]
+    assert [shape(budget, "varlen") for budget in (399, 50, 9999)] == [(1, 399), (1, 100), (1, 800)]
+
+
+def test_attention_without_a_dense_mask_is_planned_for_a_gpu_that_is_not_here(folder):
+    """A mask of (L, L), which sdpa copies in each layer, or none; what could not run there is refused."""
+    long = {"data.max_prompt_length": 200, "rollout.max_completion_length": 1800, "model.teacher_dtype": "bfloat16"}
+    recipe = config(folder, folder, **long, **{"training.bf16": True, "pruning.dynamic_response_length.max_len": 1800})
+    here, there = estimate_memory(recipe), estimate_memory(recipe, torch.device("cuda"))
+    assert (here.attention, there.attention) == ("sdpa", "varlen")
+    assert here.micro_batch == (1, 2000) and there.micro_batch == (1, 16384), "rows of many rollouts"
+    assert "varlen, no dense mask" in describe_plan(recipe, GPUs(8, 80 * 10**9))
+    text = describe_plan(recipe)
+    assert "sdpa, a dense mask of 3.8 MiB" in text and "varlen" not in text
+    by_sdpa = with_settings(recipe, **{"model.attn_implementation": "sdpa", "training.micro_batch_tokens": 2000})
+    by_varlen = with_settings(by_sdpa, **{"model.attn_implementation": "varlen"})
+    dense, segments = (estimate_memory(r, torch.device("cuda")) for r in (by_sdpa, by_varlen))
+    assert dense.activations > segments.activations + 2 * 2000**2 * NETWORK.num_hidden_layers
+    with pytest.raises(ModelError, match="half precision"):
+        estimate_memory(with_settings(by_varlen, **{"training.bf16": False}), torch.device("cuda"))
 
 
 def test_the_peak_is_what_stays_and_the_larger_of_sampling_and_update(folder):
@@ -223,7 +246,7 @@ def test_without_config_json_the_name_has_to_do_and_the_rest_is_unknown():
     assert estimate_memory(config(**{"rollout.ahead": True})).student_copy == 6e9
     text = describe_plan(config())
     assert "from the names of the models, because config.json of org/Some-1.5B and org/Other-7B-Base is not" in text
-    assert re.search(r"^  activations +unknown \(micro-batch of 1 x 13,312 tokens\)$", text, re.MULTILINE)
+    assert re.search(r"^  activations +unknown$", text, re.MULTILINE)
 
 
 def test_a_name_without_a_count_is_unknown(folder):

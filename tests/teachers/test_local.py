@@ -57,8 +57,8 @@ def test_packed_scores_are_those_of_each_rollout_alone(family, token_budget, lon
     rollouts, _ = sample(family)
     model = tiny_model(family, seed=4)
     teacher = LocalTeacher(model, vocab_size=VOCAB, token_budget=token_budget)
-    assert not teacher.long_rows, "not compiled"
-    teacher.long_rows = long_rows
+    assert teacher.packing == {"long_rows": False, "share_prompts": True}, "not compiled"
+    teacher.packing = {"long_rows": long_rows}
     scores = teacher.score(rollouts, top_k=K)
     check(scores, rollouts, model)
     assert scores.scored == rollouts.lengths.sum()

@@ -100,6 +100,7 @@ def conflicts(config: Config) -> Iterator[str]:
     yield from _server_conflicts(config)
     yield from _reward_conflicts(config)
     yield from _control_conflicts(config)
+    yield from _attention_conflicts(config)
     yield from _training_conflicts(config)
 
 
@@ -182,6 +183,27 @@ def _control_conflicts(config: Config) -> Iterator[str]:
         yield (
             "control.kept_tokens and reliability both set the weights; set pruning.reweight = false, or "
             "pruning.enable = false"
+        )
+
+
+def _attention_conflicts(config: Config) -> Iterator[str]:
+    model, name = config.model, config.model.attn_implementation
+    if model.compile and name not in ("auto", "sdpa", "eager"):
+        yield (
+            f"model.attn_implementation = {name!r} was not built for model.compile = true; leave one of them out, or "
+            "write sdpa, whose dense mask grows with the square of a row"
+        )
+    if not name.startswith("flash"):
+        return
+    if model.dtype == "float32" and not config.training.bf16:
+        yield (
+            f"model.attn_implementation = {name!r} computes in half precision, and the student in float32; set "
+            "training.bf16 = true, or write auto"
+        )
+    if model.teacher_dtype == "float32" and model.teacher_model_server_url is None:
+        yield (
+            f"model.attn_implementation = {name!r} computes in half precision, and the teacher in float32; set "
+            "model.teacher_dtype = 'bfloat16', or write auto"
         )
 
 

@@ -22,6 +22,10 @@ from prune_opd.core.choices import (
     VocabularyLoss,
 )
 
+Attention = Literal[
+    "auto", "sdpa", "eager", "flex_attention", "varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4"
+]
+
 
 class Section(BaseModel):
     """Unknown names are errors. Neither `true` nor "3" is a number. Nothing can be set after loading.
@@ -73,7 +77,11 @@ class ModelSection(Section):
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the student's weights.")
     teacher_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the teacher's weights.")
-    attn_implementation: Name = Field("sdpa", description="Attention of both models, as transformers names it.")
+    attn_implementation: Attention = Field(
+        "auto",
+        description="Attention over whole rollouts, as transformers names it, or torch's varlen; auto: flash or "
+        "flex_attention on a GPU, sdpa elsewhere.",
+    )
     compile: bool = Field(
         False, description="torch.compile for decoding, scoring and the update: slow to start, faster from then on."
     )
@@ -388,6 +396,11 @@ class Config(Section):
         if self.window_is_dynamic:
             return self.pruning.dynamic_response_length.max_len
         return self.rollout.max_completion_length
+
+    @property
+    def longest_row(self) -> int:
+        """The most tokens of a prompt with its response in training."""
+        return self.data.max_prompt_length + self.longest_response
 
     @property
     def weighs_tokens(self) -> bool:

@@ -39,8 +39,9 @@ from prune_opd.config import ObjectiveSection, PruningSection
 from prune_opd.core.drift import DriftReport, drift_report
 from prune_opd.core.window import TrainingWindow
 from prune_opd.errors import ConfigError
-from prune_opd.models.causal_lm import output_head, packed_states
+from prune_opd.models.causal_lm import output_head
 from prune_opd.models.loading import check_token_maps, end_ids, shared_vocab_size
+from prune_opd.models.packed_attention import packed_states, packing_of
 from prune_opd.models.packing import pack
 from prune_opd.reporting.metrics import distillation_metrics, distillation_sums
 from prune_opd.rollout.base import Progress
@@ -249,7 +250,8 @@ class PruneDistillationTrainer(DistillationTrainer):
         chosen[inputs["rollout"]] = True
         mine = replace(batch.rollouts, response_mask=mask & chosen[:, None])
         loss = torch.zeros((), device=mask.device)
-        for part in pack(mine, token_budget=mask.numel() + sum(map(len, mine.prompts))):
+        budget = mask.numel() + sum(map(len, mine.prompts))
+        for part in pack(mine, budget, **packing_of(unwrapped_student)):
             hidden = packed_states(unwrapped_student, part)[part.row, part.column]
             terms = student_terms(
                 output_head(unwrapped_student),

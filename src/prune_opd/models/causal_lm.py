@@ -10,29 +10,21 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, wraps
-from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from prune_opd.core.head import OutputHead
 from prune_opd.distributed.world import full_tensor
 from prune_opd.errors import ModelError
-from prune_opd.models.kernels.attend_one import HEAD_SIZES
-from prune_opd.models.kernels.attend_rows import attend_rows, attends_rows
-from prune_opd.models.packing import Packed
 
-PACKED_ATTENTION = "prune_opd_packed"
-QUERY_BLOCKS = 4  # of a row, on a CPU
-SHORT_ROW = 64  # tokens; one block
 COMPILED_VARIANTS = 64  # of one function: student and teacher, with and without gradient, one row or more
 PROBE_TOKENS = 4
 PROBE_LOGIT = 50.0  # as large as logits get: a soft-cap of 30 or 100 shows, which it would not at 0.1
+
+M = TypeVar("M")
 
 _verified: WeakSet[torch.nn.Module] = WeakSet()  # models whose head passed its probe
 
@@ -42,7 +34,7 @@ def hidden_states(model: torch.nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 
     With gradient if the caller's mode says so. A LoRA student works as it is: its adapters live inside the body.
     """
-    return _body(_causal_lm(model))(**inputs, use_cache=False).last_hidden_state
+    return _body(causal_lm_of(model))(**inputs, use_cache=False).last_hidden_state
 
 
 @cache
@@ -112,7 +104,7 @@ def check_liger(model: torch.nn.Module) -> None:
     if head.softcap is not None:
         raise ModelError(
             f"model.liger_head = true was not verified for heads that cap their logits, as that of "
-            f"{type(_causal_lm(model)).__name__} does: take it out"
+            f"{type(causal_lm_of(model)).__name__} does: take it out"
         )
 
 
@@ -124,7 +116,7 @@ def output_head(model: torch.nn.Module) -> OutputHead:
     (Cohere) are known; a model that does anything else behind its body, or whose head is no plain linear layer,
     raises ModelError.
     """
-    causal_lm = _causal_lm(model)
+    causal_lm = causal_lm_of(model)
     name = type(causal_lm).__name__
     linear = causal_lm.get_output_embeddings()
     if not isinstance(linear, torch.nn.Linear) or not linear.weight.is_floating_point():
@@ -143,111 +135,20 @@ def output_head(model: torch.nn.Module) -> OutputHead:
     return head
 
 
-def packed_states(model: torch.nn.Module, part: Packed) -> Tensor:
-    """`hidden_states` (R, L, H) of packed rows: causal attention inside each rollout and to its prompt, none across."""
-    by_kernel = attends_packed_rows(model, compile=torch.compiler.is_compiling())
-
-    def mask(window: int | None) -> Tensor:
-        key_ranges = part.key_ranges if window is None else in_window(part.key_ranges, part.position_ids, window)
-        return key_ranges[:, None] if by_kernel else _as_mask(_causal_lm(model), seen_columns(key_ranges))
-
-    inputs = {
-        "input_ids": part.input_ids,
-        "position_ids": part.position_ids,
-        "attention_mask": for_layers(model, mask),
-    }
-    return hidden_states(model, inputs)
-
-
-def attends_packed_rows(model: torch.nn.Module, *, compile: bool) -> bool:
-    """Whether `attend_rows` serves for this model: then its time is that of what each token sees, however long a row.
-
-    compile: whether its forward runs compiled, in float32.
-    """
-    config = _causal_lm(model).config.get_text_config()
-    parameter = next(model.parameters())
-    return (
-        compile
-        and config._attn_implementation in ("sdpa", PACKED_ATTENTION)
-        and parameter.device.type == "cpu"
-        and parameter.dtype == torch.float32
-        and (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) in HEAD_SIZES
-    )
-
-
-def in_window(key_ranges: Tensor, position_ids: Tensor, window: int) -> Tensor:
-    """`Packed.key_ranges` (R, L, 3) where no token sees further back than `window` tokens, itself included."""
-    begin, prompt_begin, prompt_end = key_ranges.unbind(-1)
-    column = torch.arange(key_ranges.shape[1], dtype=torch.int32, device=key_ranges.device)
-    first = (position_ids - window + 1).clamp(min=0).int()  # position that is seen
-    prompt_begin = torch.minimum(prompt_begin + first, prompt_end)
-    return torch.stack([torch.maximum(begin, column - window + 1), prompt_begin, prompt_end], dim=-1)
-
-
-def seen_columns(key_ranges: Tensor) -> Tensor:
-    """`Packed.key_ranges` (R, L, 3) as a mask (R, L, L) bool: whether a query, second axis, sees a key, third axis."""
-    column = torch.arange(key_ranges.shape[1], dtype=torch.int32, device=key_ranges.device)
-    begin, prompt_begin, prompt_end = key_ranges.unsqueeze(2).unbind(-1)
-    response = (column >= begin) & (column <= column[:, None])
-    return response | ((column >= prompt_begin) & (column < prompt_end))
-
-
-def packed_attention(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **others: Any
-) -> tuple[Tensor, None]:
-    """What transformers' `sdpa` computes over the rows of `packed_states`: (R, L, heads, head size), with gradient.
-
-    query (R, heads, L, head size) · key, value (R, shared heads, L, head size) · attention_mask (R, 1, L, L) bool, or
-    `Packed.key_ranges` (R, 1, L, 3) int32, or None. torch's kernel on a CPU multiplies with all keys, whatever the mask
-    says. So queries go in blocks, and each block reads the keys up to its own end: 5/8 of the products. Compiled code
-    uses `attend_rows`, which reads the visible keys alone.
-    """
-    if attention_mask is not None and attention_mask.dtype == torch.int32:
-        key_ranges = attention_mask[:, 0]
-        if not others.get("dropout") and others.get("position_bias") is None and attends_rows(query, key, value):
-            scale = query.shape[3] ** -0.5 if others.get("scaling") is None else others["scaling"]
-            return attend_rows(query, key, value, key_ranges, scale), None
-        attention_mask = seen_columns(key_ranges)[:, None]
-    if attention_mask is None or others.get("position_bias") is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
-    length = query.shape[2]
-    short = 2 * QUERY_BLOCKS if torch.compiler.is_compiling() else SHORT_ROW  # one block is compiled code of its own
-    if query.device.type != "cpu" or key.shape[2] != length or length < short:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
-    bounds = [length * block // QUERY_BLOCKS for block in range(QUERY_BLOCKS + 1)]
-    outputs = [
-        sdpa_attention_forward(
-            module,
-            query[:, :, begin:end],
-            key[:, :, :end],
-            value[:, :, :end],
-            attention_mask[:, :, begin:end, :end],
-            **others,
-        )[0]
-        for begin, end in pairwise(bounds)
-    ]
-    return torch.cat(outputs, dim=1), None
-
-
-AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
-
-
 @contextmanager
 def use_attention(model: torch.nn.Module, attention: str) -> Iterator[None]:
-    """Forwards of `model` attend by what is registered with transformers under this name, where they would by `sdpa`.
+    """Forwards of `model` attend by what is registered with transformers under this name; one that is `eager` stays so.
 
     With gradient checkpointing the backward is a forward too and belongs inside.
     """
-    config = _causal_lm(model).config.get_text_config()
-    if config._attn_implementation != "sdpa":
-        yield
-        return
-    config._attn_implementation = attention
+    config = causal_lm_of(model).config.get_text_config()
+    before = config._attn_implementation
+    if before != "eager":
+        config._attn_implementation = attention
     try:
         yield
     finally:
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = before
 
 
 def attention_mask(model: torch.nn.Module, visible: Tensor, distance: Tensor) -> Tensor | dict[str, Tensor]:
@@ -255,19 +156,19 @@ def attention_mask(model: torch.nn.Module, visible: Tensor, distance: Tensor) ->
 
     distance (R or 1, q, keys): query position minus key position, in tokens. Raises as `for_layers`.
     """
-    causal_lm = _causal_lm(model)
+    causal_lm = causal_lm_of(model)
     return for_layers(
         model,
-        lambda window: _as_mask(causal_lm, visible if window is None else visible & (distance < window)),
+        lambda window: as_mask(causal_lm, visible if window is None else visible & (distance < window)),
     )
 
 
-def for_layers(model: torch.nn.Module, mask: Callable[[int | None], Tensor]) -> Tensor | dict[str, Tensor]:
+def for_layers(model: torch.nn.Module, mask: Callable[[int | None], M]) -> M | dict[str, M]:
     """What `mask` makes of no window, or of the sliding one, as a Hugging Face model takes it for its kinds of layers.
 
     Raises ModelError for layers that are neither full nor sliding attention.
     """
-    causal_lm = _causal_lm(model)
+    causal_lm = causal_lm_of(model)
     config = causal_lm.config.get_text_config()
     types = set(getattr(config, "layer_types", None) or ())
     if unknown := types - {"full_attention", "sliding_attention"}:
@@ -282,7 +183,8 @@ def for_layers(model: torch.nn.Module, mask: Callable[[int | None], Tensor]) -> 
     return {"full_attention": mask(None), "sliding_attention": sliding} if types else sliding
 
 
-def _as_mask(model: Any, visible: Tensor) -> Tensor:
+def as_mask(model: Any, visible: Tensor) -> Tensor:
+    """(R, q, keys) bool as a mask (R, 1, q, keys) in the form that the model's attention takes."""
     if model.config._attn_implementation == "eager":  # which adds the mask to the scores
         least = torch.finfo(model.dtype).min
         return torch.zeros(visible.shape, dtype=model.dtype, device=visible.device).masked_fill(~visible, least)[
@@ -308,7 +210,7 @@ def _verify(causal_lm: Any, head: OutputHead, name: str) -> None:
     handle = _body(causal_lm).register_forward_hook(replace)
     was_training = causal_lm.training
     try:
-        with torch.no_grad(), torch.autocast(device, enabled=False):
+        with torch.no_grad(), torch.autocast(device, enabled=False), use_attention(causal_lm, "sdpa"):
             input_ids = torch.arange(PROBE_TOKENS, device=weight.device).unsqueeze(0)
             theirs = causal_lm.eval()(input_ids=input_ids, use_cache=False).logits[0].double()
             ours = head.logits(probe).double()
@@ -327,7 +229,7 @@ def _verify(causal_lm: Any, head: OutputHead, name: str) -> None:
         )
 
 
-def _causal_lm(model: Any) -> Any:
+def causal_lm_of(model: Any) -> Any:
     """The transformers model inside a peft wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

@@ -27,6 +27,7 @@ from prune_opd.config.words import shown
 from prune_opd.core.choices import EndTokens
 from prune_opd.errors import ConfigError, ModelError, TokenizerError
 from prune_opd.models.causal_lm import check_compiler, check_liger
+from prune_opd.models.packed_attention import choose_attention, has_dense_mask
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -141,18 +142,29 @@ def resolve_device(name: str) -> torch.device:
     )
 
 
-def load_model(name: str, settings: ModelSection, *, dtype: str, device: torch.device) -> PreTrainedModel:
+def load_model(
+    name: str,
+    settings: ModelSection,
+    *,
+    dtype: str,
+    device: torch.device,
+    autocast: bool = False,
+    longest: int | None = None,
+) -> PreTrainedModel:
     """A causal LM on `device`. Weights are read as safetensors only.
 
     Where `name` is a peft adapter, this is its base with the adapter merged into it, in `dtype`: a plain model.
+    autocast: whether its packed rows are computed in bfloat16 whatever the weights' type · longest: tokens of the
+    longest packed row, for a warning.
     """
     log_remote_code(name, settings)
     plain, adapters = adapters_of(name)
+    asked = settings.attn_implementation
     try:
         model = AutoModelForCausalLM.from_pretrained(
             resolve_model(plain),
             dtype=getattr(torch, dtype),
-            attn_implementation=settings.attn_implementation,
+            attn_implementation=asked if asked in ("sdpa", "eager") else None,  # sdpa, or eager where there is none
             trust_remote_code=settings.trust_remote_code,
             use_safetensors=True,
             **({"revision": adapters[0].settings.revision} if adapters and adapters[0].settings.revision else {}),
@@ -161,7 +173,21 @@ def load_model(name: str, settings: ModelSection, *, dtype: str, device: torch.d
         raise ModelError(_not_loaded(name, adapters, error)) from error
     for adapter in adapters:
         model = _merged(model, adapter)
+    half = autocast or dtype == "bfloat16"
+    attention = choose_attention(model, asked, device=device, half=half, compile=settings.compile)
+    if device.type != "cpu" and has_dense_mask(attention):
+        log.warning("%s: %s", name, dense_mask_warning(attention, longest))
     return model.to(device)
+
+
+def dense_mask_warning(attention: str, longest: int | None) -> str:
+    """What the mask of packed rows that attend by this takes on a GPU, and what to do."""
+    size = "" if longest is None else f" of {longest * longest:,} bytes for a row of {longest:,} tokens"
+    return (
+        f"packed rows attend by {attention} under a dense mask{size}, which rules out flash attention; to do without "
+        "it, set model.attn_implementation = 'auto', training.bf16 = true and model.teacher_dtype = 'bfloat16', and "
+        "leave model.compile out"
+    )
 
 
 def _not_loaded(name: str, adapters: list[Adapter], error: Exception) -> str:
@@ -219,7 +245,14 @@ def load_student(config: Config, device: torch.device) -> PreTrainedModel:
     settings = config.model
     if settings.compile:
         check_compiler(device)
-    model = load_model(settings.model_name_or_path, settings, dtype=settings.dtype, device=device)
+    model = load_model(
+        settings.model_name_or_path,
+        settings,
+        dtype=settings.dtype,
+        device=device,
+        autocast=config.training.bf16,
+        longest=config.longest_row,
+    )
     if settings.lora is not None:
         model = add_adapters(model, settings.lora)
     if settings.liger_head:

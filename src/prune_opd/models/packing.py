@@ -15,7 +15,7 @@ from prune_opd.types import Rollouts
 class Packed:
     """Several rollouts side by side in the rows of one model input, without the padding between them.
 
-    A prompt stands once in a row, before all of its rollouts there.
+    A prompt stands once in a row, before all of its rollouts there, or once before each of them.
 
     input_ids, position_ids (R, L) int64; the positions of a rollout follow those of its prompt · key_ranges (R, L, 3)
     int32: the query at column c attends to columns key_ranges[0] to c, its own response, and to columns key_ranges[1]
@@ -49,18 +49,24 @@ def default_token_budget(device: torch.device) -> int:
     return 2048 if device.type == "cpu" else 16384
 
 
-def pack(rollouts: Rollouts, token_budget: int | None = None, *, long_rows: bool = False) -> Iterator[Packed]:
+def pack(
+    rollouts: Rollouts, token_budget: int | None = None, *, long_rows: bool = False, share_prompts: bool = True
+) -> Iterator[Packed]:
     """Micro-batches of at most `token_budget` columns (one row at least).
 
     A row is as wide as the longest rollout, and shorter ones share one, by first-fit decreasing. Where attention costs
     no more in a longer row (`long_rows`), a micro-batch is one row, by first-fit in the given order, in which rollouts
     of a prompt are neighbours. Of each rollout, prompt + response without the last token are fed, since nothing is
-    predicted from it, and in each row a prompt once; rollouts without a kept token are left out.
+    predicted from it, and in each row a prompt once, or with each of its rollouts (`share_prompts` is False); rollouts
+    without a kept token are left out.
     """
     token_budget = token_budget or default_token_budget(rollouts.response_ids.device)
     fed = {b: n - 1 for b, n in enumerate(rollouts.lengths.tolist()) if n > 0}  # of each response
     numbers: dict[tuple[int, ...], int] = {}
-    prompt_of = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in rollouts.prompts]
+    prompt_of = [
+        numbers.setdefault(tuple(prompt), len(numbers)) if share_prompts else b
+        for b, prompt in enumerate(rollouts.prompts)
+    ]
     widest = max((len(rollouts.prompts[b]) + n for b, n in fed.items()), default=0)
     if long_rows:
         widest = max(widest, token_budget)

@@ -17,24 +17,32 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from prune_opd.config import Config, ModelSection
 from prune_opd.core.head import CHUNK_BYTES
 from prune_opd.errors import ConfigError
 from prune_opd.models.loading import add_adapters, read_model_config, resolve_device
+from prune_opd.models.packed_attention import attention_for, has_dense_mask
 from prune_opd.models.packing import default_token_budget
+
+UNMASKED = "prune_opd_unmasked"  # transformers makes a mask for sdpa where tensors are fake, and none for other names
+AttentionInterface.register(UNMASKED, sdpa_attention_forward)
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one process that holds everything; None is unknown, `source` is where the numbers come from.
 
-    student_copy: the weights that sample where the student's own do not · ahead: sampling goes on beside the update.
+    student_copy: the weights that sample where the student's own do not · ahead: sampling goes on beside the update ·
+    attention: what packed rows of the student attend by · micro_batch: rows and columns of the largest.
     """
 
     source: str
     ahead: bool
+    attention: str | None = None
+    micro_batch: tuple[int, int] | None = None
     student: int | None = None
     student_copy: int | None = None
     gradients: int | None = None
@@ -67,9 +75,13 @@ class Memory:
         return _total(resident) + on_top
 
 
-def estimate_memory(config: Config) -> Memory:
-    """Bytes by part, for one process on one device that holds the student and the teacher."""
+def estimate_memory(config: Config, device: torch.device | None = None) -> Memory:
+    """Bytes by part, for one process on one device that holds the student and the teacher.
+
+    device: a kind that the run is meant for; unset, what training.device is on this machine.
+    """
     settings, training = config.model, config.training
+    device = device or resolve_device(training.device)
     student_config = model_shape(settings.model_name_or_path, settings)
     teacher_config = model_shape(settings.teacher_model_name_or_path, settings)
     if student_config is None or teacher_config is None:
@@ -77,21 +89,37 @@ def estimate_memory(config: Config) -> Memory:
 
     student = _network(student_config, settings, settings.dtype)
     teacher = _network(teacher_config, settings, settings.teacher_dtype)
+    attention = attention_for(
+        student,
+        settings.attn_implementation,
+        device=device,
+        half=training.bf16 or settings.dtype == "bfloat16",
+        compile=settings.compile,
+    )
+    rows, columns = micro_batch_shape(config, device, attention)
+    width = config.longest_row
     if settings.lora is not None:
         student = add_adapters(student, settings.lora)
     trained = _bytes(p for p in student.parameters() if p.requires_grad)
-    rows, width, response = micro_batch_shape(config)
     sampled_elsewhere = config.rollout.use_vllm  # vLLM has caches of its own, here or on a server
     return Memory(
         source="the shapes of both models",
         ahead=config.rollout.ahead,
+        attention=attention,
+        micro_batch=(rows, columns),
         student=_bytes(student.parameters()),
         student_copy=_copy_bytes(config, student),
         gradients=trained,
         optimizer=2 * trained,
         teacher=0 if settings.teacher_model_server_url else _bytes(teacher.parameters()),
         activations=activation_bytes(
-            student_config, settings, rows, width, bf16=training.bf16, recompute=training.gradient_checkpointing
+            student_config,
+            settings,
+            rows,
+            columns,
+            bf16=training.bf16,
+            recompute=training.gradient_checkpointing,
+            masked=has_dense_mask(attention),
         ),
         logits=_logit_bytes(config, student_config),
         cache_training=0
@@ -144,14 +172,13 @@ def _memory_from_names(
     )
 
 
-def micro_batch_shape(config: Config) -> tuple[int, int, int]:
-    """(rows, prompt + response tokens, response tokens) of the largest micro-batch, as `packing.pack` cuts it."""
-    response = config.longest_response
-    width = config.data.max_prompt_length + response
-    training = config.training
-    budget = training.micro_batch_tokens or default_token_budget(resolve_device(training.device))
-    rows = max(1, budget // width)
-    return min(rows, config.rollout.prompts_per_step * config.rollout.num_generations), width, response
+def micro_batch_shape(config: Config, device: torch.device, attention: str) -> tuple[int, int]:
+    """(rows, columns) of the largest micro-batch, as `packing.pack` cuts it for packed rows that attend by this."""
+    width, rollouts = config.longest_row, config.rollout.prompts_per_step * config.rollout.num_generations
+    budget = config.training.micro_batch_tokens or default_token_budget(device)
+    if has_dense_mask(attention):
+        return min(max(1, budget // width), rollouts), width
+    return 1, min(max(width, budget), rollouts * width)
 
 
 def rollouts_at_once(config: Config) -> int:
@@ -175,16 +202,23 @@ def parameters_in_name(name: str) -> int | None:
 
 
 def activation_bytes(
-    model_config: PretrainedConfig, settings: ModelSection, rows: int, width: int, *, bf16: bool, recompute: bool
+    model_config: PretrainedConfig,
+    settings: ModelSection,
+    rows: int,
+    width: int,
+    *,
+    bf16: bool,
+    recompute: bool,
+    masked: bool = True,
 ) -> int:
     """Bytes that a forward of the whole network over (rows, width) tokens keeps for the backward, its head left out.
 
-    With `recompute`, one layer at a time is made again in the backward and comes on top of what the forward kept.
-    LoRA keeps less than this, since frozen matrices need no input kept: it is an upper bound there. ConfigError where
-    torch cannot count so many tokens.
+    masked: it attends under a dense mask. With `recompute`, one layer at a time is made again in the backward and comes
+    on top of what the forward kept. LoRA keeps less than this, since frozen matrices need no input kept: it is an upper
+    bound there. ConfigError where torch cannot count so many tokens.
     """
     try:
-        everything = _saved_bytes(model_config, settings, rows, width, bf16=bf16, recompute=False)
+        everything = _saved_bytes(model_config, settings, rows, width, bf16=bf16, recompute=False, masked=masked)
     except RuntimeError as error:
         raise ConfigError(
             f"a micro-batch of {rows} x {width} tokens is more than torch can count ({error}); lower "
@@ -192,12 +226,19 @@ def activation_bytes(
         ) from error
     if not recompute:
         return everything
-    kept = _saved_bytes(model_config, settings, rows, width, bf16=bf16, recompute=True)
+    kept = _saved_bytes(model_config, settings, rows, width, bf16=bf16, recompute=True, masked=masked)
     return kept + everything // model_config.get_text_config().num_hidden_layers
 
 
 def _saved_bytes(
-    model_config: PretrainedConfig, settings: ModelSection, rows: int, width: int, *, bf16: bool, recompute: bool
+    model_config: PretrainedConfig,
+    settings: ModelSection,
+    rows: int,
+    width: int,
+    *,
+    bf16: bool,
+    recompute: bool,
+    masked: bool,
 ) -> int:
     saved: dict[int, torch.UntypedStorage] = {}
     with FakeTensorMode():  # tensors with shapes and types, but no memory
@@ -219,11 +260,13 @@ def _saved_bytes(
 
         tokens = torch.zeros(rows, width, dtype=torch.long)
         mask = torch.ones(rows, 1, width, width, dtype=torch.bool)  # sdpa keeps a float copy of it in every layer
+        if not masked:
+            model.config.get_text_config()._attn_implementation = UNMASKED
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, enabled=bf16),
         ):
-            model(input_ids=tokens, attention_mask=mask, use_cache=False, logits_to_keep=1)
+            model(input_ids=tokens, attention_mask=mask if masked else None, use_cache=False, logits_to_keep=1)
         return sum(storage.nbytes() for storage in saved.values())
 
 
@@ -269,7 +312,7 @@ def _total(parts: Iterable[int | None]) -> int:
 
 def memory_rows(config: Config, memory: Memory) -> Iterator[tuple[str, str]]:
     """What each part of a run takes, as (name, text)."""
-    rows, width, _ = micro_batch_shape(config)
+    width = config.longest_row
     yield "student weights", size_text(memory.student)
     if config.samples_from_copy:
         when = " during the update" if config.rollout.ahead else ""
@@ -277,9 +320,16 @@ def memory_rows(config: Config, memory: Memory) -> Iterator[tuple[str, str]]:
     yield "gradients", size_text(memory.gradients)
     yield "AdamW state", size_text(memory.optimizer)
     yield "teacher weights", size_text(memory.teacher)
-    shape = f"micro-batch of {rows:,} x {width:,} tokens"
-    how = ", layers made again in backward" if config.training.gradient_checkpointing else ""
-    yield "activations", f"{size_text(memory.activations)} ({shape}{how})"
+    if memory.attention is not None and memory.micro_batch is not None:
+        rows, columns = memory.micro_batch
+        masked = has_dense_mask(memory.attention)
+        mask = f"a dense mask of {size_text(rows * columns**2)}" if masked else "no dense mask"
+        yield "attention", f"{memory.attention}, {mask}"
+        how = ", layers made again in backward" if config.training.gradient_checkpointing else ""
+        shape = f"micro-batch of {rows:,} x {columns:,} tokens{how}"
+        yield "activations", f"{size_text(memory.activations)} ({shape})"
+    else:
+        yield "activations", size_text(memory.activations)
     yield "logits", size_text(memory.logits)
     if config.rollout.use_vllm:
         yield "KV cache", "vLLM has its own: a share of the GPU, or its server's"

@@ -9,6 +9,8 @@ import json
 import math
 from collections.abc import Iterator
 
+import torch
+
 from prune_opd.config import Config
 from prune_opd.config.values import MOST
 from prune_opd.core.budget import MOST_TIMES
@@ -25,7 +27,7 @@ def describe_plan(config: Config, gpus: GPUs | None = None) -> str:
     unknown embedded model, and ConfigError for a device that is not here.
     """
     resolve_device(config.training.device)
-    memory = estimate_memory(config)
+    memory = estimate_memory(config, torch.device("cuda") if gpus else None)
     blocks = [
         ("Plan", list(_plan(config, memory))),
         (f"Memory of one process, from {memory.source}", list(memory_rows(config, memory))),

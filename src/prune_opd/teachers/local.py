@@ -10,15 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prune_opd.core.head import OutputHead, head_statistics
-from prune_opd.models.causal_lm import (
-    PACKED_ATTENTION,
-    attends_packed_rows,
-    compiled,
-    hidden_states,
-    output_head,
-    packed_states,
-    use_attention,
-)
+from prune_opd.models.causal_lm import compiled, hidden_states, output_head, use_attention
+from prune_opd.models.packed_attention import packed_states, packing_of, use_packed_attention
 from prune_opd.models.packing import Packed, pack
 from prune_opd.models.slot_cache import SLOT_ATTENTION, SlotCache
 from prune_opd.types import Rollouts, Span, TeacherScores, TopK
@@ -43,7 +36,7 @@ class LocalTeacher:
     ) -> None:
         self.hidden_states = compiled(hidden_states) if compile else hidden_states
         self.packed_states = compiled(packed_states) if compile else packed_states
-        self.long_rows = attends_packed_rows(model, compile=compile)
+        self.packing = packing_of(model, compile=compile)
         self.model, self.token_budget = model.eval().requires_grad_(False), token_budget
         self.head, self.vocab_size, self.ends = output_head(model), vocab_size, tuple(ends)
 
@@ -67,12 +60,12 @@ class LocalTeacher:
     def read(self, scores: TeacherScores, rollouts: Rollouts) -> None:
         """Fill in the scores of all kept tokens, in packed forwards of whole rollouts."""
         assert rollouts.student is not None
-        for part in pack(rollouts, self.token_budget, long_rows=self.long_rows):
+        for part in pack(rollouts, self.token_budget, **self.packing):
             hidden = self._packed_states(part)
             self.write(scores, hidden, part.rollout, part.position, rollouts.response_ids, rollouts.student)
 
     def _packed_states(self, part: Packed) -> Tensor:
-        with use_attention(self.model, PACKED_ATTENTION):
+        with use_packed_attention(self.model):
             return self.packed_states(self.model, part)[part.row, part.column]
 
     def write(

@@ -303,7 +303,8 @@ def build_teacher(
     name = settings.teacher_model_name_or_path
     longest = config.data.max_prompt_length + config.rollout.max_completion_length
     if settings.teacher_model_server_url is None:
-        model = models.load_model(name, settings, dtype=settings.teacher_dtype, device=device)
+        longest_row = config.longest_row
+        model = models.load_model(name, settings, dtype=settings.teacher_dtype, device=device, longest=longest_row)
         models.check_context(model.config, name, longest)
         vocab_size = models.shared_vocab_size(student, model.get_output_embeddings().weight.shape[0], top_k)
         models.check_ends(ends, vocab_size)

@@ -23,8 +23,9 @@ from prune_opd.core.drift import SAFE_SHARE, drift_report
 from prune_opd.core.head import head_statistics
 from prune_opd.core.overlap import compatibility
 from prune_opd.errors import CheckpointError, ModelError
-from prune_opd.models.causal_lm import PACKED_ATTENTION, output_head, packed_states, use_attention
+from prune_opd.models.causal_lm import output_head
 from prune_opd.models.loading import end_ids
+from prune_opd.models.packed_attention import packed_states, packing_of, use_packed_attention
 from prune_opd.models.packing import pack
 from prune_opd.reporting.records import Calibration, read_object
 from prune_opd.rollout.base import Sampler, rollout_uniforms
@@ -108,8 +109,8 @@ def candidates_along(
     found = TopK.empty(batch, length, top_k, rollouts.response_ids.device)
     head, was_training = output_head(model), model.training
     model.eval()
-    for part in pack(rollouts, token_budget):
-        with use_attention(model, PACKED_ATTENTION):
+    for part in pack(rollouts, token_budget, **packing_of(model)):
+        with use_packed_attention(model):
             hidden = packed_states(model, part)[part.row, part.column]
         statistics = head_statistics(hidden, head, top_k=top_k, vocab_size=vocab_size, ends=ends)
         where = part.rollout, part.position

@@ -14,14 +14,8 @@ from torch.optim import Optimizer
 from prune_opd.config import Config
 from prune_opd.distributed.world import World, full_tensor
 from prune_opd.errors import NonFiniteError
-from prune_opd.models.causal_lm import (
-    PACKED_ATTENTION,
-    attends_packed_rows,
-    compiled,
-    output_head,
-    packed_states,
-    use_attention,
-)
+from prune_opd.models.causal_lm import compiled, output_head
+from prune_opd.models.packed_attention import packed_states, packing_of, use_packed_attention
 from prune_opd.models.packing import Packed, pack
 from prune_opd.teachers.base import Teacher
 from prune_opd.types import Rollouts, TeacherScores
@@ -66,7 +60,7 @@ class StudentUpdate:
         self.device = next(student.parameters()).device
         compile, self.bf16 = config.model.compile, config.training.bf16
         self.states = compiled(packed_states) if compile else packed_states
-        self.long_rows = attends_packed_rows(student, compile=compile and not self.bf16)
+        self.packing = packing_of(student, compile=compile and not self.bf16)
 
     def __call__(
         self,
@@ -90,7 +84,7 @@ class StudentUpdate:
         loss_sum, packed_tokens, padding = 0.0, 0, 0
         trainer_logprobs = None if rollouts.sampled_logprobs is None else torch.zeros_like(rollouts.sampled_logprobs)
         self.optimizer.zero_grad(set_to_none=True)
-        with use_attention(self.student, PACKED_ATTENTION):
+        with use_packed_attention(self.student):
             for part in self._micro_batches(rollouts):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                     hidden = self.states(self.student, part)[part.row, part.column]
@@ -135,5 +129,5 @@ class StudentUpdate:
         return UpdateResult(loss_sum, grad_norm, packed_tokens, padding, trainer_logprobs)
 
     def _micro_batches(self, rollouts: Rollouts) -> Iterator[Packed]:
-        parts = pack(rollouts, self.config.training.micro_batch_tokens, long_rows=self.long_rows)
+        parts = pack(rollouts, self.config.training.micro_batch_tokens, **self.packing)
         return self.world.equal_count(parts, Packed.empty(self.device))
