@@ -36,7 +36,7 @@ def test_drift_that_only_goes_with_length_is_not():
     """Over all lengths R predicts well, since it falls as length grows; at equal lengths it says nothing."""
     found = made(lambda t, r: 0.95 - 0.9 * t)
     assert "here, drift means nothing that length does not" in found["verdict"]
-    assert found["signals"][0]["auc"]["low"] > 0.6
+    assert found["signals"][0]["auc"]["low"] > 0.55
     assert abs(found["signals"][0]["auc_at_equal_length"]["value"] - 0.5) < 0.05
     assert found["length_alone"]["value"] > 0.7
     assert abs(found["rescued_behind"]["value"] - 1) < 0.25
