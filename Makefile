@@ -79,6 +79,7 @@ smollm-pair: setup-smollm  ## train and measure the adapters of the SmolLM2 pair
 
 assets: setup  ## train the embedded pairs again (up to 45 minutes)
 	$(BIN)/python scripts/make_assets.py
+	$(BIN)/python scripts/make_derail.py
 
 docs: setup  ## write docs/configuration.md from the settings, and docs/architecture.svg from the imports
 	$(BIN)/python scripts/make_config_docs.py

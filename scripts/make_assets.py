@@ -38,6 +38,7 @@ TOKENS_PER_BATCH = 5_000
 MAX_TOKENS = 340
 
 Writer = Callable[[Problem, random.Random], str]
+ParentLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def build_tokenizer(end: str = "<eos>") -> PreTrainedTokenizerFast:
@@ -143,36 +144,6 @@ def batches(
             yield torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
 
 
-def train(model, data: Iterator[torch.Tensor], *, steps: int, lr: float, label: str, parent=None) -> None:
-    """Next-token training on everything after the prompt; linear warm-up and decay.
-
-    With a parent, the trace is learnt only where the parent would not have said it; elsewhere the parent's
-    log-probabilities are kept, which holds the two top-k sets together.
-    """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 50, 1.05 - s / steps))
-    model.train()
-    began, tokens = time.time(), 0
-    for step, ids in zip(range(steps), data, strict=False):
-        answered = (ids == VOCABULARY.index(":")).cumsum(-1) > 0
-        labels = ids.masked_fill((ids == model.config.pad_token_id) | ~answered, -100)
-        inputs = {"input_ids": ids, "attention_mask": (ids != model.config.pad_token_id).long()}
-        if parent is None:
-            loss = model(**inputs, labels=labels).loss
-        else:
-            loss = learn_exceptions(model(**inputs).logits, parent(**inputs).logits.detach(), labels)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        tokens += ids.numel()
-        if (step + 1) % 50 == 0 or step + 1 == steps:
-            rate = tokens / (time.time() - began)
-            print(f"{label} {step + 1}/{steps} loss {loss.item():.3f} {rate:,.0f} tokens/s", flush=True)
-    model.eval()
-
-
 def learn_exceptions(logits: torch.Tensor, parent_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy where a label is not the parent's choice; elsewhere the squared distance of log-probabilities.
 
@@ -185,6 +156,45 @@ def learn_exceptions(logits: torch.Tensor, parent_logits: torch.Tensor, labels: 
     logprobs, parent_logprobs = logits[~exception].log_softmax(-1), parent_logits[~exception].log_softmax(-1)
     kept = (logprobs - parent_logprobs).square().mean(-1).sum()
     return (learnt + kept) / len(labels)
+
+
+def train(
+    model,
+    data: Iterator[torch.Tensor],
+    *,
+    steps: int,
+    lr: float,
+    label: str,
+    parent=None,
+    parent_loss: ParentLoss = learn_exceptions,
+) -> None:
+    """Next-token training on everything after the prompt; linear warm-up and decay.
+
+    With a parent, the loss is `parent_loss` of the model's logits, the parent's, and the labels: the trace is learnt
+    only in places; elsewhere the parent's log-probabilities are kept, which holds the two top-k sets together.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 50, 1.05 - s / steps))
+    model.train()
+    began, tokens = time.time(), 0
+    for step, ids in zip(range(steps), data, strict=False):
+        answered = (ids == VOCABULARY.index(":")).cumsum(-1) > 0
+        labels = ids.masked_fill((ids == model.config.pad_token_id) | ~answered, -100)
+        inputs = {"input_ids": ids, "attention_mask": (ids != model.config.pad_token_id).long()}
+        if parent is None:
+            loss = model(**inputs, labels=labels).loss
+        else:
+            loss = parent_loss(model(**inputs).logits, parent(**inputs).logits.detach(), labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        tokens += ids.numel()
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            rate = tokens / (time.time() - began)
+            print(f"{label} {step + 1}/{steps} loss {loss.item():.3f} {rate:,.0f} tokens/s", flush=True)
+    model.eval()
 
 
 def examine(model, tokenizer, *, problems_count: int, k: int, label: str) -> dict[str, float]:

@@ -126,6 +126,9 @@ def doctor(
     prompts: Annotated[
         int, typer.Option(min=0, help="Prompts that both models answer for the probe; with 0 no weights are loaded.")
     ] = 8,
+    probe_: Annotated[
+        bool, typer.Option("--probe", help="Ask too what `prune-opd probe` asks, on 32 problems; takes minutes.")
+    ] = False,
 ) -> None:
     """Check RECIPE before it costs anything, and say what its pair promises. Exits with 1 if it cannot run."""
     from prune_opd.preflight.doctor import examine
@@ -144,6 +147,40 @@ def doctor(
     with _recipe(recipe, set_) as config:
         if not examine(config, probe_prompts=prompts, tell=tell):
             raise typer.Exit(1)
+        if probe_:
+            from prune_opd.experiments.probe import probe as run_probe
+
+            run_probe(config, problems=32, lengths=8, continuations=2, json_path=None, console=console)
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "prune-opd probe recipes/derail.toml\n\n"
+    "prune-opd probe recipes/quickstart.toml --problems 128 --json runs/probe-low.json\n\n"
+    "prune-opd probe recipes/quickstart.toml --set model.model_name_or_path=runs/mine/checkpoints/step_30"
+)
+def probe(
+    recipe: Recipe,
+    set_: Settings = None,
+    problems: Annotated[int, typer.Option(min=2, max=MOST, help="Problems that the student answers.")] = 64,
+    lengths: Annotated[int, typer.Option(min=1, max=64, help="Lengths at which each answer is cut.")] = 8,
+    continuations: Annotated[int, typer.Option(min=1, max=64, help="How often each model goes on from a cut.")] = 4,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Default: runs/probe-RECIPE-TIME.json.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Does the teacher get worse where reliability falls? Measured on RECIPE's pair, before anything is trained."""
+    console.quiet = quiet
+    from prune_opd.experiments.probe import probe as run_probe
+
+    with _recipe(recipe, set_) as config:
+        run_probe(
+            config,
+            problems=problems,
+            lengths=lengths,
+            continuations=continuations,
+            json_path=json_path or default_output_dir(f"probe-{recipe.stem}").with_suffix(".json"),
+            console=console,
+        )
 
 
 @app.command(
