@@ -18,7 +18,7 @@ NOW = $(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-locked setup-trl setup-liger setup-smollm setup-trackers setup-vllm setup-verl test test-engines check lint format demo demo-smollm assets smollm-pair docs bench soak fuzz kill licences lock audit clean
+.PHONY: help setup setup-locked setup-trl setup-liger setup-smollm setup-trackers setup-vllm setup-verl test test-engines check lint format demo wheel demo-smollm assets smollm-pair docs bench soak fuzz kill licences lock audit clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,7 +59,10 @@ format: setup  ## format and fix what ruff can fix
 	$(BIN)/ruff check --fix
 
 demo: setup  ## OPD against Prune-OPD on the embedded pair (about 4 minutes on one core)
-	$(BIN)/prune-opd compare recipes/quickstart.toml --arms opd,prune --seeds 1 --output-dir runs/demo-$(NOW)
+	$(BIN)/prune-opd demo --output-dir runs/demo-$(NOW)
+
+wheel: setup  ## build dist/*.whl, which needs nothing of this repository
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist
 
 demo-smollm: setup-smollm  ## three steps of Prune-OPD on SmolLM2-135M
 	$(BIN)/prune-opd train recipes/smollm.toml --set training.steps=3 --set evaluation.num_problems=10
