@@ -154,7 +154,8 @@ def compare(
     """Train several arms of RECIPE with the same seeds and compare accuracy and cost."""
     console.quiet = quiet
     from prune_opd.experiments.compare import compare as run_comparison
-    from prune_opd.reporting.report import write_report
+    from prune_opd.reporting.report import arm_rows, verdict, write_report
+    from prune_opd.reporting.run_logs import read_runs
 
     output_dir = output_dir or default_output_dir(recipe.stem)
     with read_recipe(recipe, set_) as config:
@@ -168,6 +169,8 @@ def compare(
             resume=resume,
             parallel=parallel,
         )
+    for sentence in verdict(arm_rows(read_runs([output_dir]))):
+        say(sentence)
     say(f"report: {write_report([output_dir])}")
 
 
