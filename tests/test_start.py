@@ -166,4 +166,7 @@ def test_demo_compares_the_two_arms_on_the_embedded_pair():
     compared = json.loads(Path("demo/compare.json").read_text())
     assert [arm["arm"] for arm in compared["arms"]] == ["opd", "prune"]
     assert compared["recipe"]["model"]["model_name_or_path"] == "embedded:low-student"
-    assert said.rstrip().endswith("report: demo/report.html")
+    assert compared["recipe"]["evaluation"]["every"] == 20  # the demo's own, where --set says nothing else
+    *_, verdict, last = said.rstrip().splitlines()
+    assert verdict.startswith("prune trained in ") and "% right against " in verdict
+    assert last == "report: demo/report.html"

@@ -22,8 +22,12 @@ SHORT = ("training.steps=20", "rollout.prompts_per_step=12", "evaluation.every=2
     "prune-opd demo --set training.steps=2 --set evaluation.num_problems=20"
 )
 def demo(set_: Settings = None, output_dir: OutputDir = None, quiet: Quiet = False) -> None:
-    """Train the embedded pair with and without pruning and compare: a few minutes on one core, without a network."""
-    runs.compare(recipe_path("quickstart"), set_=set_, output_dir=output_dir or default_output_dir("demo"), quiet=quiet)
+    """Train the embedded pair with and without pruning and compare: a few minutes on one core, without a network.
+
+    It is recipe quickstart with fewer steps and problems; `prune-opd compare` runs it whole.
+    """
+    output_dir = output_dir or default_output_dir("demo")
+    runs.compare(recipe_path("quickstart"), set_=[*SHORT, *(set_ or ())], output_dir=output_dir, quiet=quiet)
 
 
 @app.command(
