@@ -18,7 +18,7 @@ NOW = $(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-locked setup-trl setup-liger setup-smollm setup-trackers setup-vllm setup-verl test test-engines check lint format demo demo-smollm assets smollm-pair docs bench soak fuzz kill licences lock audit release clean gpu-check
+.PHONY: help setup setup-locked setup-trl setup-liger setup-smollm setup-trackers setup-vllm setup-verl test test-engines check lint format demo demo-smollm assets smollm-pair docs bench soak fuzz kill licences lock audit release clean gpu-check setup-docs wheel docs-site test-oldest
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,7 +28,8 @@ setup-locked:  ## create .venv from the lock files, every file checked by its SH
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --require-hashes --no-deps -r requirements.lock -r torch-$(TORCH).lock
 	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
-	@touch .venv/.installed .venv/.installed-trl .venv/.installed-smollm .venv/.installed-trackers
+	@touch .venv/.installed .venv/.installed-docs .venv/.installed-trl .venv/.installed-smollm .venv/.installed-trackers
+setup-docs: .venv/.installed-docs  ## add mkdocs, which makes the documentation site
 setup-trl: .venv/.installed-trl  ## add TRL, the peer of the step-time benchmark
 setup-liger: .venv/.installed-liger  ## add Liger's kernels, and Triton to interpret them without a GPU (800 MB)
 setup-smollm: build/smollm/base/tokenizer_config.json  ## add SmolLM2-135M (93 MB) and write it out for its pair (540 MB)
@@ -51,6 +52,9 @@ gpu-check: setup-trl  ## on a CUDA GPU: its tests, then a step of a 1.7B model b
 	$(BIN)/python -m pytest -q -m "gpu and not slow" tests/gpu
 	$(BIN)/python benchmarks/gpu_check.py
 
+test-oldest: .venv-oldest/.installed  ## the core's tests at the lower ends of all ranges of pyproject.toml (3 GB)
+	.venv-oldest/bin/python -m pytest -q $(OLDEST) $(ARGS)
+
 check: lint test  ## lint, then test
 
 lint: setup  ## ruff, formatting, types and the direction of imports
@@ -64,7 +68,10 @@ format: setup  ## format and fix what ruff can fix
 	$(BIN)/ruff check --fix
 
 demo: setup  ## OPD against Prune-OPD on the embedded pair (about 4 minutes on one core)
-	$(BIN)/prune-opd compare recipes/quickstart.toml --arms opd,prune --seeds 1 --output-dir runs/demo-$(NOW)
+	$(BIN)/prune-opd demo --output-dir runs/demo-$(NOW)
+
+wheel: setup  ## build dist/*.whl, which needs nothing of this repository
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist
 
 demo-smollm: setup-smollm  ## three steps of Prune-OPD on SmolLM2-135M
 	$(BIN)/prune-opd train recipes/smollm.toml --set training.steps=3 --set evaluation.num_problems=10
@@ -80,6 +87,9 @@ smollm-pair: setup-smollm  ## train and measure the adapters of the SmolLM2 pair
 assets: setup  ## train the embedded pairs again (up to 45 minutes)
 	$(BIN)/python scripts/make_assets.py
 	$(BIN)/python scripts/make_derail.py
+
+docs-site: setup-docs  ## build the documentation as a site in build/site, every link checked
+	$(BIN)/mkdocs build --strict --quiet
 
 docs: setup  ## write docs/configuration.md from the settings, and docs/architecture.svg from the imports
 	$(BIN)/python scripts/make_config_docs.py
@@ -130,6 +140,13 @@ clean:  ## delete build/ and caches; .venv and runs/ stay
 
 .venv/.installed-%: .venv/.installed
 	$(PIP) -e '.[$*]'
+	@touch $@
+
+# An environment of its own with the oldest versions that pyproject.toml allows, which uv finds.
+.venv-oldest/.installed: pyproject.toml
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install uv
+	.venv-oldest/bin/uv pip install --python .venv-oldest/bin/python --resolution lowest-direct -e '.[dev]'
 	@touch $@
 
 # An environment of its own: verl wants transformers below 5.11, so constraints.txt does not hold here.

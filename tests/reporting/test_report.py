@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import zlib
@@ -53,27 +52,6 @@ def comparison(tmp_path_factory) -> Path:
 def run(comparison, tmp_path) -> Path:
     """A copy of one pruned run that a test may damage."""
     return Path(shutil.copytree(comparison / "prune-seed0", tmp_path / "run"))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Headless Chromium; `page(path)` opens a file and returns the driver once its script has run."""
-    binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    driver = shutil.which("chromedriver")
-    if not binary or not driver:
-        pytest.skip("no chromium and chromedriver on this machine: apt-get install chromium chromium-driver")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    flags = ["--headless", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    flags += ["--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--window-size=1200,900"]
-    for flag in flags + ["--no-sandbox"] * (os.geteuid() == 0):
-        options.add_argument(flag)
-    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield chrome
-    chrome.quit()
 
 
 @pytest.fixture

@@ -364,6 +364,17 @@ class TrackingSection(Section):
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         [], examples=[["wandb"]], description="Trackers to write to as well."
     )
+    report_every: PositiveInt = Field(
+        20, description="Steps between pictures for them: overlap by position and step, and the window."
+    )
+    run_name: Name | None = Field(
+        None, examples=["first try"], description="The run's name in them; unset, that of its directory."
+    )
+    group: Name | None = Field(
+        None,
+        examples=["gamma sweep"],
+        description="Of runs that belong together; unset, compare gives its directory's.",
+    )
     rollouts_per_step: int = Field(2, ge=0, description="Rollouts written to rollouts.jsonl at each step.")
     rollout_tokens: int = Field(512, ge=0, description="First tokens of each, which get weights and candidates.")
     rollout_candidates: PositiveInt = Field(5, description="Top candidates of each model written for such a token.")

@@ -89,7 +89,7 @@ def examine(config: Config, *, probe_prompts: int, tell: Callable[[Finding], Non
     attempt("chat template", _chat_templates, tokenizers)
     prompts = attempt("prompts", _prompts, tokenizers)
     attempt("reward", _reward)
-    fits = [attempt("positions", _positions), attempt("memory", _memory)]
+    fits = [attempt("positions", _positions), attempt("memory", check_memory)]
     fits += [attempt(f"{whose}'s servers", functools.partial(_servers, whose)) for whose in _served(config)]
     if probe_prompts and all(fits):
         attempt("probe", _probe, tokenizers, prompts and prompts[:probe_prompts])
@@ -165,10 +165,13 @@ def _prompts(config: Config, tokenizers: Tokenizers, say: Tell) -> Sequence[Prom
         f"{len(problems)} held-out problems from {config.evaluation.data}" if problems else "nothing is evaluated"
     )
     dropped = f"; {source.dropped_too_long} are too long and left out" if source.dropped_too_long else ""
+    unknown = {tokenizers[0].unk_token_id, tokenizers[0].pad_token_id}
+    strange = sum(not unknown.isdisjoint(prompt.token_ids) for prompt in prompts)
+    lost = f"; {strange} of {len(prompts)} hold text that the tokenizer does not know" if strange else ""
     say(
         "prompts",
-        "warning" if dropped else "ok",
-        f"{config.data.train}{dropped}; {held_out}. The first, {len(prompts[0].token_ids)} tokens: "
+        "warning" if dropped or lost else "ok",
+        f"{config.data.train}{dropped}{lost}; {held_out}. The first, {len(prompts[0].token_ids)} tokens: "
         f"{tokenizers[0].decode(prompts[0].token_ids)!r}",
     )
     return prompts
@@ -221,7 +224,8 @@ def _servers(whose: Whose, config: Config, say: Tell) -> bool:
     return True
 
 
-def _memory(config: Config, say: Tell) -> bool | None:
+def check_memory(config: Config, say: Tell) -> bool | None:
+    """Whether the device has what the recipe needs, told to `say`; None where one process alone has not."""
     memory, device = estimate_memory(config), models.resolve_device(config.training.device)
     parts = ", ".join(f"{name} {text}" for name, text in memory_rows(config, memory) if name != "peak")
     there = _device_bytes(device)

@@ -123,6 +123,7 @@ class Trainer:
                 self._steps(signals)
             finally:
                 gc.unfreeze()
+                self.log.close()
         return self.totals
 
     def close(self) -> None:
