@@ -150,7 +150,7 @@ def probe(
     console.quiet = quiet
     from prune_opd.experiments.probe import probe as run_probe
 
-    with _recipe(recipe, set_) as config:
+    with read_recipe(recipe, set_) as config:
         run_probe(
             config,
             problems=problems,

@@ -40,9 +40,9 @@ from prune_opd.training.build import (
     build_sampler,
     build_teacher,
     build_tokenizer,
-    environment,
 )
 from prune_opd.training.calibration import calibrate, calibration_text, with_known_threshold
+from prune_opd.training.environment import environment
 from prune_opd.training.files import check_writable, write_json
 from prune_opd.types import Prompt, Rollouts, TeacherScores
 

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import random
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -49,6 +42,7 @@ from prune_opd.teachers.served import ServedTeacher
 from prune_opd.timing import Stopwatch
 from prune_opd.training.calibration import calibrate, calibration_text
 from prune_opd.training.checkpoint import load_weights
+from prune_opd.training.environment import seed_everything
 from prune_opd.training.files import write_json
 from prune_opd.types import Prompt, Rollouts
 from prune_opd.update.student_update import StudentUpdate
@@ -388,26 +382,6 @@ def build_optimizer(
         return max(0.0, (training.steps - step) / (training.steps - training.warmup_steps))
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the generators that libraries draw from; sampling has its own numbers (`rollout_uniforms`)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a number depends on besides the recipe."""
-    return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": str(device),
-        **{name: version(name) for name in ("prune-opd", "torch", "transformers", "tokenizers", "safetensors")},
-    }
 
 
 def build_rollouts(
