@@ -35,6 +35,7 @@ from prune_opd.rollout.events import drift_events
 from prune_opd.rollout.local import LocalSampler
 from prune_opd.teachers.local import LocalTeacher
 from prune_opd.training.build import (
+    build_ends,
     build_problems,
     build_prompts,
     build_sampler,
@@ -75,17 +76,19 @@ def build_pair(config: Config, prompts: Sequence[Prompt], tokenizer: PreTrainedT
         torch.set_num_threads(config.training.threads)
     device = models.resolve_device(config.training.device)
     student = models.load_student(config, device)
-    teacher, vocab_size = build_teacher(config, student, tokenizer, None, device=device)
+    ends = build_ends(config, student, tokenizer)
+    teacher, vocab_size = build_teacher(config, student, tokenizer, None, device=device, ends=ends)
     assert isinstance(teacher, LocalTeacher)
     width = config.data.max_prompt_length + config.longest_response
     limits = [getattr(model.config, "max_position_embeddings", None) for model in (student, teacher.model)]
     positions = min((limit for limit in limits if limit), default=None)
-    sampler = build_sampler(config, student, tokenizer, vocab_size=vocab_size, max_model_len=positions or 2 * width)
+    longest = positions or 2 * width
+    sampler = build_sampler(config, student, tokenizer, vocab_size=vocab_size, max_model_len=longest, ends=ends)
     # The servers of a recipe have the student's shape, so beside them the teacher writes in this process.
     served = {"rollout.use_vllm": False, "rollout.vllm_server_url": None} if config.rollout.vllm_server_url else {}
     theirs = with_settings(config, **served, **{"model.model_name_or_path": config.model.teacher_model_name_or_path})
     teacher_sampler = build_sampler(
-        theirs, teacher.model, tokenizer, vocab_size=vocab_size, max_model_len=positions or 2 * width
+        theirs, teacher.model, tokenizer, vocab_size=vocab_size, max_model_len=longest, ends=ends
     )
     if isinstance(sampler, LocalSampler):
         sampler.keep_sampled_logprobs = True
