@@ -39,7 +39,7 @@ IN_FLIGHT = {
     f"+{OWN}.pruning.in_flight.chunk": 8,
     f"+{OWN}.pruning.in_flight.audit_share": 0,
 }
-NUCLEUS = {"pruning.metric": "teacher_top_p_accept", "pruning.teacher_top_p": 0.5}
+NUCLEUS = {"pruning.metric": "teacher_top_p_accept", "pruning.teacher_top_p": 0.5, "pruning.w_drop": 0.5}
 
 
 @pytest.fixture(scope="session")
