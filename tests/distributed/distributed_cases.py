@@ -98,6 +98,43 @@ def run_case(name, world, parallel="ddp"):
     return found
 
 
+def run_half(world, parallel):
+    """One step under autocast: loss, gradients, and the types of a layer's weights as its forward and the optimiser see
+    them."""
+    config = config_of(**{"training.bf16": True})
+    student = tiny_model("qwen3", seed=3).train()
+    teacher = related(student)
+    sampler = LocalSampler(student, pad_id=PAD, eos_ids=[EOS], vocab_size=VOCAB)
+    if parallel == "fsdp2" and world.size > 1:
+        sampler = WholeWeightsSampler(sampler, student)
+        output_head(student)
+        shard(student, bf16=True)
+    optimizer = build_optimizer(student, config)[0]
+    seen = {}
+    projection = student.model.layers[0].self_attn.q_proj
+    projection.register_forward_hook(
+        lambda module, _, out: seen.update(weight=module.weight.dtype) if torch.is_grad_enabled() else None
+    )
+    student.model.layers[1].register_forward_pre_hook(
+        lambda _, inputs: seen.update(between=inputs[0].dtype) if torch.is_grad_enabled() else None
+    )
+    result = step_of(
+        step=0,
+        prompts=tiny_prompts(),
+        student=student,
+        sampler=sampler,
+        teacher=LocalTeacher(teacher, vocab_size=VOCAB),
+        optimizer=optimizer,
+        window=None,
+        vocab_size=VOCAB,
+        config=config,
+        world=world,
+    )
+    gradients = {n: full_tensor(p.grad) for n, p in student.named_parameters() if p.grad is not None}
+    masters = {p.dtype for group in optimizer.param_groups for p in group["params"]}
+    return {"loss": result.loss, "gradients": gradients, "masters": masters, **seen}
+
+
 def run_broken(world, parallel):
     """The teacher of the last rank says NaN: every rank must raise, and none may wait for another."""
     student = tiny_model("qwen3", seed=3).train()
@@ -134,6 +171,8 @@ def main(out: Path) -> None:
         assert world != ALONE
         names = CASES_OF[world.size]
         found = {(name, parallel): run_case(name, world, parallel) for name in names for parallel in ("ddp", "fsdp2")}
+        if world.size == 2:
+            found["half"] = run_half(world, "fsdp2")
         found["broken"] = {parallel: run_broken(world, parallel) for parallel in ("ddp", "fsdp2")}
         if world.rank == 0:
             torch.save(found, out)

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from prune_opd.config import load_config
 from prune_opd.distributed.world import ALONE, World
 from prune_opd.training.trainer import Trainer
-from tests.distributed.distributed_cases import CASES_OF, run_case
+from tests.distributed.distributed_cases import CASES_OF, run_case, run_half
 from tests.training.test_trainer import SMALL
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +75,19 @@ def test_ranks_do_what_one_process_does(of_ranks, size, parallel, name):
             torch.testing.assert_close(many[kind][key], value, rtol=1e-5, atol=1e-5, msg=f"{kind} {key}")
     windows = {record["prune_opd/next_max_response_length"] for record in one["steps"]}
     assert windows != {12} or name == "full-logits", "the window never moved: nothing tested"
+
+
+@pytest.mark.slow
+def test_layers_are_gathered_in_bfloat16_and_mastered_in_float32(of_ranks):
+    """What autocast does in one process, but for the rounding of norms' weights."""
+    one, two = run_half(ALONE, "ddp"), of_ranks(2)["half"]
+    assert (one["weight"], two["weight"]) == (torch.float32, torch.bfloat16)
+    assert one["between"] == two["between"] == torch.float32
+    assert one["masters"] == two["masters"] == {torch.float32}
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-2)
+    for name, gradient in one["gradients"].items():
+        assert two["gradients"][name].dtype == torch.float32
+        assert ((two["gradients"][name] - gradient).norm() / gradient.norm()).item() < 3e-2, name
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def launched() -> Iterator[World]:
 # ---- sharded weights ----
 
 
-def shard(student: Any) -> None:
+def shard(student: Any, *, bf16: bool = False) -> None:
     """Shard every parameter of a causal LM over all ranks (FSDP2), in place; build the optimiser after this.
 
     Call `output_head` before: it compares the head with the model's own logits, which a sharded model cannot compute
@@ -58,10 +58,14 @@ def shard(student: Any) -> None:
     (`World.even`). Embeddings and final norm belong to the body. The head is used outside of any forward
     (core/head.py): it stays a DTensor that `full_tensor` gathers. Gradients are summed, not averaged, since the loss
     has a global denominator.
+
+    bf16: layers are gathered in bfloat16, which is what autocast would make of their matrices: half of what travels and
+    of what is whole at a time, and no copies of autocast's beside it. Masters, sums of gradients, and what goes from
+    layer to layer keep the student's type.
     Raises ModelError for a model whose layers transformers does not name.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     causal_lm = student.get_base_model() if hasattr(student, "get_base_model") else student
     body, head = causal_lm.base_model, causal_lm.get_output_embeddings()
@@ -74,8 +78,11 @@ def shard(student: Any) -> None:
         )
     mesh = init_device_mesh(causal_lm.device.type, (dist.get_world_size(),))
     tied = head.weight is causal_lm.get_input_embeddings().weight
+    half = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    whole = MixedPrecisionPolicy()
     for module in [*layers, body] if tied else [*layers, body, head]:
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        policy = half if bf16 and module in layers else whole
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     if tied:
         head.weight = causal_lm.get_input_embeddings().weight
     for module in causal_lm.modules():

@@ -68,7 +68,10 @@ def per_gpu(config: Config, memory: Memory, gpus: GPUs) -> PerGPU | None:
     if shards > 1:  # the layers in use are whole, and so are embeddings and head
         table = shape.vocab_size * shape.hidden_size * getattr(torch, config.model.dtype).itemsize
         tables = table * (1 if shape.tie_word_embeddings else 2)
-        update["gathered weights"] = tables + 2 * max(0, student - tables) // shape.num_hidden_layers
+        layers = max(0, student - tables)
+        if config.training.bf16 and config.model.dtype == "float32":  # as `shard` gathers them
+            layers //= 2
+        update["gathered weights"] = tables + 2 * layers // shape.num_hidden_layers
     rollout_settings = config.rollout
     rollout: dict[str, int] = {}
     kv_rollouts = None

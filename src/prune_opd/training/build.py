@@ -120,7 +120,7 @@ def build_parts(
         if isinstance(sampler, LocalSampler):  # vLLM has weights of its own, which it is handed shard by shard
             sampler = WholeWeightsSampler(sampler, student)
         output_head(student)  # compared with the model's own logits while it can still run by itself
-        distributed.shard(student)
+        distributed.shard(student, bf16=config.training.bf16)
     optimizer, schedule = build_optimizer(student, config)
     rollout_sampler, ahead = build_rollouts(config, sampler, prompts, teacher, world)
     run = build_run(
