@@ -42,6 +42,9 @@ CASES = {
     "tied": {},
     "lora": {"model.lora.r": 2},
     "one-prompt": {},
+    "sharded-teacher": {"model.teacher_placement": "sharded", "training.micro_batch_tokens": 20},
+    "sharded-full-logits": {"model.teacher_placement": "sharded", "objective.loss": "jsd", "pruning.enable": False},
+    "sharded-one-prompt": {"model.teacher_placement": "sharded"},
     "one-prompt-in-flight": IN_FLIGHT,
 }
 
@@ -65,14 +68,19 @@ def run_case(name, world, parallel="ddp"):
         output_head(student)
         shard(student)
     optimizer, window = build_optimizer(student, config)[0], build_window(config)
+    shared = config.model.teacher_placement == "sharded" and world.size > 1
+    scorer = LocalTeacher(teacher, vocab_size=VOCAB, world=world if shared else ALONE)
+    if shared:
+        shard(teacher)
+        assert all(hasattr(p, "full_tensor") and len(p.to_local()) < len(p) for p in teacher.parameters() if len(p) > 1)
     found = {"steps": [], "lengths": [], "effective": [], "ids": [], "rows": []}
     for step in range(STEPS):
         mine = step_of(
             step=step,
-            prompts=tiny_prompts()[:1] if name.startswith("one-prompt") else tiny_prompts(),
+            prompts=tiny_prompts()[:1] if "one-prompt" in name else tiny_prompts(),
             student=student,
             sampler=sampler,
-            teacher=LocalTeacher(teacher, vocab_size=VOCAB),
+            teacher=scorer,
             optimizer=optimizer,
             window=window,
             vocab_size=VOCAB,

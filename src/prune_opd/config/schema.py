@@ -76,6 +76,9 @@ class ModelSection(Section):
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the student's weights.")
     teacher_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the teacher's weights.")
+    teacher_placement: Literal["replicated", "sharded"] = Field(
+        "replicated", description="Under torchrun, each process holds the whole teacher, or a shard (FSDP2)."
+    )
     attn_implementation: Attention = Field(
         "auto",
         description="Attention over whole rollouts, as transformers names it, or torch's varlen; auto: flash or "

@@ -4,7 +4,8 @@ The step asks its `World` for sums (world.py). Here is the rest: starting the pr
 the sampler whole weights, putting a step's results together for the one process that writes, and the optimiser's
 state as shards that load at any number of ranks.
 
-The teacher is whole on every rank: it is frozen, and in flight each rank asks it at times of its own.
+The teacher is whole on every rank, as stops in flight need it, since each rank asks it at times of its own; or sharded
+as the student is (`model.teacher_placement`), and asked in lock-step.
 """
 
 from __future__ import annotations
@@ -48,8 +49,10 @@ def launched() -> Iterator[World]:
 # ---- sharded weights ----
 
 
-def shard(student: Any, *, bf16: bool = False) -> None:
+def shard(student: Any, *, bf16: bool = False, device: torch.device | None = None) -> None:
     """Shard every parameter of a causal LM over all ranks (FSDP2), in place; build the optimiser after this.
+
+    device: where the shards go, if not where the model is; no more than a layer of it is whole there at a time.
 
     Call `output_head` before: it compares the head with the model's own logits, which a sharded model cannot compute
     outside of lock-step.
@@ -76,7 +79,7 @@ def shard(student: Any, *, bf16: bool = False) -> None:
             f"{type(causal_lm).__name__} does not name its layers (_no_split_modules), so it cannot be sharded; "
             'set training.parallel = "ddp"'
         )
-    mesh = init_device_mesh(causal_lm.device.type, (dist.get_world_size(),))
+    mesh = init_device_mesh((device or causal_lm.device).type, (dist.get_world_size(),))
     tied = head.weight is causal_lm.get_input_embeddings().weight
     half = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     whole = MixedPrecisionPolicy()

@@ -106,7 +106,7 @@ def build_parts(
     longest = max(config.rollout.max_completion_length, config.evaluation.max_tokens if problems else 0)
     max_model_len = config.data.max_prompt_length + longest
     models.check_context(student.config, config.model.model_name_or_path, max_model_len)
-    teacher, vocab_size = build_teacher(config, student, tokenizer, run_dir, device=device)
+    teacher, vocab_size = build_teacher(config, student, tokenizer, run_dir, device=device, world=world)
     sampler = build_sampler(config, student, tokenizer, vocab_size=vocab_size, max_model_len=max_model_len, world=world)
     if config.calibrates:  # before the student is sharded; every rank measures the same
         first = [prompt.token_ids for prompt in prompts.batch(0, config.rollout.prompts_per_step)]
@@ -253,8 +253,11 @@ def build_teacher(
     run_dir: Path | None,
     *,
     device: torch.device,
+    world: World = ALONE,
 ) -> tuple[Teacher, int]:
     """The teacher, and how many ids it shares with the student.
+
+    world: the ranks that share it, where `model.teacher_placement` says so.
 
     Raises ModelError, TokenizerError or ServerError when it does not fit the student or the recipe, or is another
     served teacher than the one that this run directory, where there is one, began with.
@@ -264,10 +267,17 @@ def build_teacher(
     longest = config.data.max_prompt_length + config.rollout.max_completion_length
     if settings.teacher_model_server_url is None:
         longest_row = config.longest_row
-        model = models.load_model(name, settings, dtype=settings.teacher_dtype, device=device, longest=longest_row)
+        shared = settings.teacher_placement == "sharded" and world.size > 1
+        model = models.load_model(
+            name, settings, dtype=settings.teacher_dtype, device=device, longest=longest_row, on_cpu=shared
+        )
         models.check_context(model.config, name, longest)
         vocab_size = models.shared_vocab_size(student, model.get_output_embeddings().weight.shape[0], top_k)
-        return LocalTeacher(model, vocab_size=vocab_size, compile=settings.compile), vocab_size
+        if not shared:
+            return LocalTeacher(model, vocab_size=vocab_size, compile=settings.compile), vocab_size
+        local = LocalTeacher(model, vocab_size=vocab_size, world=world)
+        distributed.shard(model, device=device)
+        return local, vocab_size
     teacher_config = read_model_config(name, settings, local_files_only=False)
     if teacher_config is None:
         raise ModelError(
