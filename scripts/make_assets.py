@@ -8,6 +8,8 @@ OPD sharpens what a student can already do, so every model descends from one tha
     low-student      the base, on a worse mixture: errs, rambles past the answer, rarely ends
     high-student     the teacher with one wrong habit late in the chain: agrees almost everywhere, and what it gets
                      wrong lies where a short cut never looks
+    other-end-student  the high-student with the rows of two tokens exchanged: it ends with the padding token, as base
+                     models do, where its teacher has a token of its own; and less surely, after four answers of five
 """
 
 from __future__ import annotations
@@ -36,16 +38,39 @@ TOKENS_PER_BATCH = 5_000
 MAX_TOKENS = 340
 
 Writer = Callable[[Problem, random.Random], str]
+ParentLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(end: str = "<eos>") -> PreTrainedTokenizerFast:
     """One token a word; the vocabulary is the task's."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.decoder = decoders.WordPiece(prefix="\0", cleanup=False)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left", model_max_length=512
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token=end,
+        padding_side="left",
+        model_max_length=512,
+        **({} if end == "<eos>" else {"additional_special_tokens": ["<eos>"]}),
     )
+
+
+def save_with_other_end(student: Qwen3ForCausalLM, folder: Path) -> None:
+    """Save the student as one that says the padding token where it would say <eos>, and not always.
+
+    Not always, because p (1 - p) of the gradient at an end that is certain is nothing: such a student unlearns nothing.
+    """
+    tokenizer = build_tokenizer("<pad>")
+    changed, other = copy.deepcopy(student), [student.config.eos_token_id, student.config.pad_token_id]
+    with torch.no_grad():
+        rows = changed.get_input_embeddings().weight  # tied to the head
+        rows[other] = rows[other[::-1]]
+        rows[tokenizer.eos_token_id] *= 0.6  # from 1.00 to 0.81 after an answer
+    for settings in (changed.config, changed.generation_config):
+        settings.eos_token_id = tokenizer.eos_token_id
+    changed.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def clean(problem: Problem, rng: random.Random) -> str:
@@ -119,36 +144,6 @@ def batches(
             yield torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
 
 
-def train(model, data: Iterator[torch.Tensor], *, steps: int, lr: float, label: str, parent=None) -> None:
-    """Next-token training on everything after the prompt; linear warm-up and decay.
-
-    With a parent, the trace is learnt only where the parent would not have said it; elsewhere the parent's
-    log-probabilities are kept, which holds the two top-k sets together.
-    """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 50, 1.05 - s / steps))
-    model.train()
-    began, tokens = time.time(), 0
-    for step, ids in zip(range(steps), data, strict=False):
-        answered = (ids == VOCABULARY.index(":")).cumsum(-1) > 0
-        labels = ids.masked_fill((ids == model.config.pad_token_id) | ~answered, -100)
-        inputs = {"input_ids": ids, "attention_mask": (ids != model.config.pad_token_id).long()}
-        if parent is None:
-            loss = model(**inputs, labels=labels).loss
-        else:
-            loss = learn_exceptions(model(**inputs).logits, parent(**inputs).logits.detach(), labels)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        tokens += ids.numel()
-        if (step + 1) % 50 == 0 or step + 1 == steps:
-            rate = tokens / (time.time() - began)
-            print(f"{label} {step + 1}/{steps} loss {loss.item():.3f} {rate:,.0f} tokens/s", flush=True)
-    model.eval()
-
-
 def learn_exceptions(logits: torch.Tensor, parent_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy where a label is not the parent's choice; elsewhere the squared distance of log-probabilities.
 
@@ -161,6 +156,45 @@ def learn_exceptions(logits: torch.Tensor, parent_logits: torch.Tensor, labels: 
     logprobs, parent_logprobs = logits[~exception].log_softmax(-1), parent_logits[~exception].log_softmax(-1)
     kept = (logprobs - parent_logprobs).square().mean(-1).sum()
     return (learnt + kept) / len(labels)
+
+
+def train(
+    model,
+    data: Iterator[torch.Tensor],
+    *,
+    steps: int,
+    lr: float,
+    label: str,
+    parent=None,
+    parent_loss: ParentLoss = learn_exceptions,
+) -> None:
+    """Next-token training on everything after the prompt; linear warm-up and decay.
+
+    With a parent, the loss is `parent_loss` of the model's logits, the parent's, and the labels: the trace is learnt
+    only in places; elsewhere the parent's log-probabilities are kept, which holds the two top-k sets together.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 50, 1.05 - s / steps))
+    model.train()
+    began, tokens = time.time(), 0
+    for step, ids in zip(range(steps), data, strict=False):
+        answered = (ids == VOCABULARY.index(":")).cumsum(-1) > 0
+        labels = ids.masked_fill((ids == model.config.pad_token_id) | ~answered, -100)
+        inputs = {"input_ids": ids, "attention_mask": (ids != model.config.pad_token_id).long()}
+        if parent is None:
+            loss = model(**inputs, labels=labels).loss
+        else:
+            loss = parent_loss(model(**inputs).logits, parent(**inputs).logits.detach(), labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        tokens += ids.numel()
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            rate = tokens / (time.time() - began)
+            print(f"{label} {step + 1}/{steps} loss {loss.item():.3f} {rate:,.0f} tokens/s", flush=True)
+    model.eval()
 
 
 def examine(model, tokenizer, *, problems_count: int, k: int, label: str) -> dict[str, float]:
@@ -253,6 +287,7 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    save_with_other_end(made["high-student"], args.output_dir / "other-end-student")
     measured["seconds"] = {"total": time.time() - began}
     (args.output_dir / "pairs.json").write_text(json.dumps(measured, indent=1) + "\n")
 

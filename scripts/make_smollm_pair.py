@@ -394,7 +394,7 @@ def measure(max_tokens: int) -> dict[str, Any]:
 
 
 def print_facts(facts: dict[str, Any]) -> None:
-    """The facts as the tables of docs/benchmarks.md."""
+    """The facts as the tables of docs/smollm-pair.md."""
     print("| held-out problems, temperature 1 | task | responses | right | ends | tokens | 95th percentile |")
     print("|---|---|---|---|---|---|---|")
     for name, tasks in facts["answers"].items():

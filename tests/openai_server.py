@@ -6,6 +6,8 @@ one). Tests make it fail by `before`, which is called with each request and may 
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import sys
 import threading
@@ -16,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -25,10 +28,21 @@ class OpenAIServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, model, tokenizer, *, name="teacher", max_model_len=512, max_logprobs=20, dev_mode=True) -> None:
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        *,
+        name="teacher",
+        max_model_len=512,
+        max_logprobs=20,
+        dev_mode=True,
+        scale_out=False,
+    ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.max_model_len, self.max_logprobs, self.dev_mode = max_model_len, max_logprobs, dev_mode
+        self.scale_out = scale_out
         self.weight_version = "default"
         self.seen: list[tuple[str, dict[str, str], Any]] = []
         self.before: Callable[[_Handler, Any], bool] = lambda handler, body: False
@@ -50,6 +64,10 @@ class OpenAIServer(ThreadingHTTPServer):
                 return 200, {"prompt": self.tokenizer.decode(body["tokens"])}
             case "/v1/completions":
                 return self.completion(body)
+            case "/inference/v1/generate" if self.scale_out:
+                return self.generate(body)
+            case "/inference/v1/generate":
+                return 403, {"error": {"message": "Scale-out endpoints are disabled."}}
             case "/collective_rpc" if self.dev_mode:
                 return self.reload(body)
             case "/weight_info" if self.dev_mode:
@@ -81,6 +99,29 @@ class OpenAIServer(ThreadingHTTPServer):
         if body.get("return_token_ids"):
             choice["prompt_token_ids"] = ids
         return 200, {"model": self.name, "choices": [choice]}
+
+    def generate(self, body: Any) -> tuple[int, Any]:
+        """Scores of the prompt, and of the ids that are named for its last positions."""
+        ids, params = body["token_ids"], body["sampling_params"]
+        start, rows = params["prompt_logprob_start"], params["prompt_logprob_token_ids"]
+        if len(rows) != len(ids) - 1 - start or len(rows[0]) > self.max_logprobs:
+            return 400, {"error": {"message": f"{len(rows)} rows of {len(rows[0])} ids do not fit"}}
+        plain = {"model": body["model"], "prompt": ids, "prompt_logprobs": params["prompt_logprobs"]}
+        status, answer = self.completion(plain | {"return_token_ids": True})
+        if status != 200:
+            return status, answer
+        with self.forward, torch.no_grad():
+            logprobs = self.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        file = io.BytesIO()
+        np.save(file, logprobs[start:-1].gather(-1, torch.tensor(rows)).numpy())
+        (choice,) = answer["choices"]
+        return 200, {
+            "model": answer["model"],
+            "choices": [{"index": 0, "token_ids": choice["token_ids"]}],
+            "prompt_token_ids": ids,
+            "prompt_logprobs": choice["prompt_logprobs"],
+            "prompt_token_id_logprobs": base64.b64encode(file.getvalue()).decode(),
+        }
 
     def sample(self, body: Any) -> tuple[int, Any]:
         """At most max_tokens after the prompt; the log-probs are those before the temperature."""

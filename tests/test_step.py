@@ -40,6 +40,8 @@ BASE = {
 }
 IN_FLIGHT = {"pruning.in_flight.enable": True, "pruning.in_flight.chunk": 3, "pruning.in_flight.audit_share": 0.0}
 
+SEVERAL_ENDS = (EOS, 5, 12, 30, 44)
+
 NOTHING_WEIGHS = {"pruning.threshold": 1.0, "pruning.w_drop": 1.0, "pruning.w_base": 0.0}
 
 
@@ -57,7 +59,16 @@ def config_of(**settings):
 
 
 def run_step(
-    student=None, teacher=None, *, prompts=None, vocab_size=VOCAB, step=0, reward=None, sampler=None, **settings
+    student=None,
+    teacher=None,
+    *,
+    prompts=None,
+    vocab_size=VOCAB,
+    step=0,
+    reward=None,
+    sampler=None,
+    ends=(),
+    **settings,
 ):
     """(result, student before, student after with its gradients)"""
     config = config_of(**settings)
@@ -68,8 +79,16 @@ def run_step(
         prompts=tiny_prompts() if prompts is None else prompts,
         student=student,
         sampler=sampler
-        or LocalSampler(student, pad_id=PAD, eos_ids=[EOS], vocab_size=vocab_size, slots=config.rollout.slots),
-        teacher=LocalTeacher(teacher or related(tiny_model("qwen3", seed=3)), vocab_size=vocab_size),
+        or LocalSampler(
+            student,
+            pad_id=PAD,
+            eos_ids=ends or [EOS],
+            vocab_size=vocab_size,
+            slots=config.rollout.slots,
+            ends=ends,
+        ),
+        teacher=LocalTeacher(teacher or related(tiny_model("qwen3", seed=3)), vocab_size=vocab_size, ends=ends),
+        ends=ends,
         optimizer=build_optimizer(student, config)[0],
         window=build_window(config),
         vocab_size=vocab_size,
@@ -93,15 +112,24 @@ def gradients(model) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def by_hand(student, teacher, rollouts, config):
+def added_up(logits, ends):
+    """Log-probs (N, V) of the distribution in which ends[0] has the probability of all ends, and the others none."""
+    p = logits.softmax(-1)
+    columns = dict.fromkeys(ends, torch.full_like(p[:, 0], 1e-30))
+    if ends:
+        columns[ends[0]] = sum(p[:, end] for end in ends)
+    return torch.stack([columns.get(v, p[:, v]) for v in range(p.shape[-1])], dim=-1).log()
+
+
+def by_hand(student, teacher, rollouts, config, ends=()):
     """Each rollout through float64 models alone: overlaps, drift, loss, and the gradient of the loss."""
     student, teacher = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
     B, T, K = len(rollouts.prompts), rollouts.response_ids.shape[1], config.objective.top_k
     logits, teacher_logits = [], []
     for prompt, row, n in zip(rollouts.prompts, rollouts.response_ids, rollouts.lengths.tolist(), strict=True):
         ids = torch.tensor([[*prompt, *row[:n].tolist()]])
-        logits.append(student(ids).logits[0, len(prompt) - 1 : -1])
-        teacher_logits.append(teacher(ids).logits[0, len(prompt) - 1 : -1].detach())
+        logits.append(added_up(student(ids).logits[0, len(prompt) - 1 : -1], ends))
+        teacher_logits.append(added_up(teacher(ids).logits[0, len(prompt) - 1 : -1].detach(), ends))
     events = np.zeros((B, T), dtype=bool)
     for b, (own, other) in enumerate(zip(logits, teacher_logits, strict=True)):
         overlap = reference.topk_overlap(own.topk(K).indices[None], other.topk(K).indices[None])[0]
@@ -122,10 +150,11 @@ def by_hand(student, teacher, rollouts, config):
     return events, weight, effective, loss.item(), gradients(student)
 
 
+@pytest.mark.parametrize("ends", [(), SEVERAL_ENDS], ids=["one end", "several ends"])
 @pytest.mark.parametrize("settings", [{}, IN_FLIGHT], ids=["window", "in-flight"])
-def test_a_step_is_the_method(settings):
-    result, before, after = run_step(**settings)
-    want = by_hand(before, related(before), result.rollouts, config_of())
+def test_a_step_is_the_method(settings, ends):
+    result, before, after = run_step(**settings, ends=ends)
+    want = by_hand(before, related(before), result.rollouts, config_of(), ends)
     events, weight, effective, loss, gradient = want
     assert 0 < events.sum() < result.rollouts.response_mask.sum(), "no drift, or nothing else: tests nothing"
     assert np.array_equal(result.events.numpy(), events)
@@ -151,6 +180,20 @@ def test_micro_batches_slots_and_chunks_change_nothing(settings):
         assert torch.equal(again.rollouts.response_ids, one.rollouts.response_ids), other
         assert again.loss == pytest.approx(one.loss, rel=1e-5)
         torch.testing.assert_close(gradients(twin), gradients(student), rtol=1e-4, atol=1e-6)
+
+
+def test_several_ends_are_drawn_apart_and_kept_as_one():
+    """The same numbers draw the same tokens, whatever they count as; the last becomes the first of the ends."""
+    student = tiny_model("qwen3", seed=3)
+    ending = LocalSampler(student, pad_id=PAD, eos_ids=SEVERAL_ENDS, vocab_size=VOCAB, slots=3)
+    apart, _, _ = run_step(sampler=ending, **{"pruning.enable": False})
+    one, _, _ = run_step(ends=SEVERAL_ENDS, **{"pruning.enable": False})
+    assert torch.equal(one.rollouts.response_mask, apart.rollouts.response_mask)
+    said = {row[n - 1] for row, n in zip(apart.rollouts.response_ids.tolist(), apart.rollouts.lengths, strict=True)}
+    assert len(said & set(SEVERAL_ENDS)) > 1, "only one of the ends was drawn: tests nothing"
+    want = apart.rollouts.response_ids.clone()
+    want[torch.isin(want, torch.tensor(SEVERAL_ENDS))] = EOS
+    assert torch.equal(one.rollouts.response_ids, want)
 
 
 def test_a_rollout_ends_at_the_event_that_spends_its_reliability():

@@ -15,10 +15,13 @@ Source: arXiv 2605.07804. Where we differ from it, and why:
   * R_t is computed in float64: in float32, 1 - w_drop · C_t can miss zero by more than ε, and E would not stop.
   * −∞ log-probs of a teacher that forbids tokens are floored at −50 nats (core/objective.py), so rewards stay finite.
   * Ids beyond the vocabulary that both models share (padded embedding rows) are cut from samples and normalisers.
+  * Ids that end a response are one action where student and teacher have different ones (core/ends.py): compared id by
+    id, the teacher calls every end a mistake, and the student unlearns to end. `data.end_tokens` has the paper's.
   * M starts at 1024 in the default recipe; the paper gives 1024, 2048 and 6144 in different places.
-  * Options beyond the paper, off by default: stopping in flight, the repetition guard, `weight_mean`, `overlap_mass`,
-    losses other than `topk_reverse_kl`, a reward of the task beside the teacher's signal, and rollouts of a policy that
-    is not the trained one: another engine's, that of one update ago, or its weights rounded (update/correction.py).
+  * Options beyond the paper, off by default: stopping in flight, more prompts for what was saved (core/budget.py), the
+    repetition guard, `weight_mean`, `overlap_mass`, losses other than `topk_reverse_kl`, a reward of the task beside
+    the teacher's signal, and rollouts of a policy that is not the trained one: another engine's, that of one update
+    ago, or its weights rounded (update/correction.py).
   * A batch in which no token carries weight is no update: momentum alone would move the weights.
 """
 
@@ -30,6 +33,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from prune_opd.config import Config
+from prune_opd.core.budget import TokenBudget
 from prune_opd.core.drift import DriftReport, drift_report
 from prune_opd.core.objective import group_advantage
 from prune_opd.core.window import LengthSchedule, TrainingWindow, WindowChange
@@ -54,7 +58,8 @@ class Run:
     """The parts that a step works with, built once (training/build.py).
 
     token_weights: what a token counts · window: None where every response may use the whole budget · update: loss,
-    gradient and optimiser · ahead: may have sampled a step's rollouts already, during the update before it.
+    gradient and optimiser · ahead: may have sampled a step's rollouts already, during the update before it · budget:
+    sets how many prompts the next step has, where that is not fixed.
     """
 
     config: Config
@@ -65,6 +70,7 @@ class Run:
     update: StudentUpdate
     world: World = ALONE
     ahead: RolloutsAhead | None = None
+    budget: TokenBudget | None = None
 
     @property
     def max_length(self) -> int:
@@ -136,9 +142,11 @@ def prune_opd_step(run: Run, step: int, prompts: Sequence[Sequence[int]], reward
             everyone = group_advantage(world.gather_rollouts(numbers, rewards), config.rollout.num_generations)
             advantage = everyone[numbers].float().to(mask.device).unsqueeze(-1).expand(mask.shape)
 
-    # 5. How far reliability reached decides how long the next responses may be.
+    # 5. How far reliability reached decides how long the next responses may be; what is saved may pay for more prompts.
     effective_length = drift.effective_length.cpu()
     change = run.window.update(world.gather_rollouts(numbers, effective_length)) if run.window else None
+    if run.budget:
+        run.budget.update(world.gather_rollouts(numbers, rollouts.lengths.cpu()))
     if run.ahead:
         run.ahead.begin(step + 1, run.max_length)
 

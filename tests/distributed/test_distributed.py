@@ -22,7 +22,7 @@ from prune_opd.config import load_config
 from prune_opd.distributed.world import ALONE, World
 from prune_opd.training.trainer import Trainer
 from tests.distributed.distributed_cases import CASES_OF, run_case, run_half
-from tests.training.test_trainer import SMALL
+from tests.training.test_trainer import BUDGET, SMALL
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,11 +112,11 @@ def records(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
 
 def train(size: int, folder: Path, *settings: str, resume: str = "never") -> None:
     if size == 1:
-        config = load_config(RECIPE, [*SMALL, *settings])
+        config = load_config(RECIPE, [*SMALL, *BUDGET, *settings])
         Trainer(config, folder, resume=resume, console=Console(quiet=True)).train()
         return
     command = ["train", RECIPE, "--output-dir", str(folder), "--resume", resume]
-    command += [word for setting in [*SMALL, *settings] for word in ("--set", setting)]
+    command += [word for setting in [*SMALL, *BUDGET, *settings] for word in ("--set", setting)]
     torchrun(size, "--no-python", str(Path(sys.executable).parent / "prune-opd"), *command)
 
 
@@ -124,6 +124,7 @@ def train(size: int, folder: Path, *settings: str, resume: str = "never") -> Non
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone") / "run"
     train(1, folder)
+    assert len({row["rollout/prompts"] for row in records(folder)[1:]}) > 1, "the budget never changed: nothing tested"
     return folder
 
 

@@ -120,7 +120,7 @@ def test_the_adapters_are_small_and_name_the_base_that_everyone_makes():
 def test_the_facts_are_printed_again(capsys):
     script.print_facts(json.loads((script.ASSETS / "facts.json").read_text()))
     printed = capsys.readouterr().out
-    assert printed.strip() in (ROOT / "docs" / "benchmarks.md").read_text()
+    assert printed.strip() in (ROOT / "docs" / "smollm-pair.md").read_text()
 
 
 # ---- the base ----

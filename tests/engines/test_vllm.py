@@ -197,6 +197,25 @@ def test_rollouts_end_with_the_end_token_and_are_repeatable(sampler, student):
     assert len({tuple(said) for said in responses(one)}) > 6, "rollouts of one prompt are copies"
 
 
+def test_several_ends_count_as_one_action(sampler, student, monkeypatch):
+    """Candidates and sampled tokens have log-probs of the student's distribution with its ends added up."""
+    ends = (EOS, 5, 9)
+    monkeypatch.setattr(sampler, "ends", ends)
+    monkeypatch.setattr(sampler, "eos_ids", list(ends))
+    top_k = VOCAB - len(ends) + 1  # so that every id is listed
+    rollouts = sampler.sample(PROMPTS, rollout_uniforms(0, 0, range(4), 60), top_k=top_k)
+    assert not torch.isin(rollouts.response_ids, torch.tensor(ends[1:])).any()
+    for b, said in enumerate(responses(rollouts)):
+        want, n = logprobs_of(student, PROMPTS[b], said), len(said)
+        want[:, EOS] = want[:, list(ends)].logsumexp(-1)
+        want[:, list(ends[1:])] = -torch.inf
+        assert (said[-1] == EOS) == bool(rollouts.finished[b])
+        torch.testing.assert_close(rollouts.student.logprobs[b, :n], want.topk(top_k).values, atol=1e-4, rtol=0)
+        at_ids = want.gather(-1, rollouts.student.ids[b, :n])
+        torch.testing.assert_close(rollouts.student.logprobs[b, :n], at_ids, atol=1e-4, rtol=0)
+        torch.testing.assert_close(rollouts.sampled_logprobs[b, :n], want[range(n), said], atol=1e-4, rtol=0)
+
+
 def test_more_prompt_tokens_than_one_forward_takes(sampler, student):
     """8 prompts of 390 tokens: vLLM would read one in two parts, which on the CPU it cannot for seeded requests."""
     prompts = [[(7 * i + j) % 140 + 2 for j in range(390)] for i in range(8)]
@@ -301,7 +320,7 @@ def test_training_with_vllm_logs_the_gap_between_the_engines(tmp_path, where, re
 
 @pytest.fixture(scope="module")
 def teacher_url(tmp_path_factory):
-    arguments = ["--model", resolve_model(NAMES["teacher"]), "--served-model-name", "teacher"]
+    arguments = ["--model", resolve_model(NAMES["teacher"]), "--served-model-name", "teacher", "--enable-scale-out"]
     with vllm_server(tmp_path_factory.mktemp("teacher") / "log", *arguments) as url:
         yield url
 
@@ -313,6 +332,7 @@ def test_a_real_server_gives_the_teachers_numbers(teacher_url):
     )
     teacher = ServedTeacher(Servers([teacher_url]), model="teacher", vocab_size=VOCAB, top_logprobs=VOCAB)
     teacher.check(tokenizer, longest=399)
+    assert teacher.exact == torch.cuda.is_available(), "the build for CPUs has the model runner that cannot"
     got, want = teacher.score(rollouts, top_k=K), LocalTeacher(model, vocab_size=VOCAB).score(rollouts, top_k=K)
     mask = rollouts.response_mask
     assert torch.equal(got.topk.ids[mask], want.topk.ids[mask])

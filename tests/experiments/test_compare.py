@@ -28,17 +28,27 @@ FOLLOWED = Reference(RECIPE, lengths=[48, 52, 60, 56], kept_tokens=[700, 650, 80
 
 
 def test_arms_differ_by_what_they_say_and_share_the_rest():
-    config = load_config(RECIPE, ["training.steps=4"])
+    config = load_config(RECIPE, ["training.steps=4", "rollout.token_budget=3000"])
     found = {arm: arm_config(config, arm, 3, FOLLOWED) for arm in (*SETTINGS, "fixed:64")}
     for arm in found.values():
         assert arm.training.seed == 3
-        for section in ("model", "data", "evaluation", "tracking"):
+        for section in ("model", "evaluation", "tracking"):
             assert getattr(arm, section) == getattr(config, section)
+        assert arm.data.model_copy(update={"end_tokens": "auto"}) == config.data
     pruned = {name for name, arm in found.items() if arm.pruning.enable}
-    assert pruned == {"prune", "prune-inflight", "inflight-only", "prune-topp", "weights-only", "window-only"}
-    assert {name for name, arm in found.items() if arm.window_is_dynamic} == pruned - {"weights-only", "inflight-only"}
+    assert pruned == {
+        *("prune", "prune-inflight", "inflight-only", "prune-budget", "inflight-budget"),
+        *("prune-topp", "prune-distinct", "weights-only", "window-only"),
+    }
+    assert {name for name, arm in found.items() if arm.rollout.token_budget} == {"prune-budget", "inflight-budget"}
+    assert {n for n, arm in found.items() if arm.data.end_tokens == "distinct"} == {"opd-distinct", "prune-distinct"}
+    assert {name for name, arm in found.items() if arm.window_is_dynamic} == pruned - {
+        *("weights-only", "inflight-only", "inflight-budget")
+    }
     assert {name for name, arm in found.items() if arm.weighs_tokens} == pruned - {"window-only"}
-    assert {name for name, arm in found.items() if arm.stops_in_flight} == {"prune-inflight", "inflight-only"}
+    assert {name for name, arm in found.items() if arm.stops_in_flight} == {
+        *("prune-inflight", "inflight-only", "inflight-budget")
+    }
     assert {n for n, arm in found.items() if arm.pruning.metric == "teacher_top_p_accept"} == {"prune-topp"}
     assert {name for name, arm in found.items() if arm.control.lengths} == {"ramp", "replay"}
     assert found["ramp"].control.lengths == [48, 51, 53, 56], "a straight line between the ends of the trace"

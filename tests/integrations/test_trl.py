@@ -204,3 +204,9 @@ def test_what_is_not_supported_is_said(tmp_path):
             pruning=PruningSection(enable=False, in_flight=InFlightSection()),
             beta=0.5,
         )
+    teacher = related(student)
+    teacher.generation_config.eos_token_id = [1, 5]
+    with pytest.warns(UserWarning, match="ends a response with id 1, the teacher with 1, 5"):
+        prune_trainer(
+            tmp_path, student, teacher, objective=ObjectiveSection(top_k=4), pruning=PruningSection(enable=False)
+        )

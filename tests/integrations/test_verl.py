@@ -49,7 +49,7 @@ with warnings.catch_warnings():
     import prune_opd.integrations.verl.loss as loss_module
 
 from prune_opd.config import PruningSection, load_config, with_settings
-from prune_opd.errors import CheckpointError, ConfigError, EngineError, NonFiniteError
+from prune_opd.errors import CheckpointError, ConfigError, DataError, EngineError, NonFiniteError
 from prune_opd.models.loading import load_tokenizer
 from prune_opd.step import StepResult
 from prune_opd.teachers.local import LocalTeacher
@@ -91,7 +91,6 @@ IN_FLIGHT = {
     f"+{plugin.WHERE}.pruning.in_flight.enable": "true",
     f"+{plugin.WHERE}.pruning.in_flight.chunk": 3,
     f"+{plugin.WHERE}.pruning.in_flight.audit_share": 0,
-    "+actor_rollout_ref.rollout.agent.agent_loop_manager_class": "prune_opd.integrations.verl.PruneAgentLoopManager",
 }
 
 
@@ -222,12 +221,16 @@ def test_settings_of_the_recipe_arrive():
         ("actor_rollout_ref.actor.ppo_epochs", 2),
         ("actor_rollout_ref.actor.ppo_mini_batch_size", ROLLOUTS // 2),
         ("actor_rollout_ref.model.use_fused_kernels", "true"),
+        ("distillation.distillation_loss.log_prob_min_clamp", "-10.0"),
+        ("algorithm.rollout_correction.rollout_rs", "token_k1"),
+        ("algorithm.filter_groups.enable", "true"),
         ("actor_rollout_ref.rollout.agent.default_agent_loop", "single_turn_agent"),
+        ("+actor_rollout_ref.rollout.agent.agent_loop_manager_class", "somebody.elses.Manager"),
     ],
 )
 def test_what_verl_cannot_honour_is_refused_by_name(name, value):
     config = verl_config({name: value})
-    with pytest.raises(ConfigError, match=name.replace(".", r"\.")):
+    with pytest.raises(ConfigError, match=re.escape(name.lstrip("+"))):
         plugin.recipe_of(config)
 
 
@@ -241,7 +244,6 @@ def test_what_verl_cannot_honour_is_refused_by_name(name, value):
         ({"distillation.distillation_loss.loss_mode": "prune_opd_forward_kl"}, "topk"),
         (IN_FLIGHT | {"actor_rollout_ref.rollout.full_determinism": "true"}, "full_determinism"),
         (IN_FLIGHT | {"actor_rollout_ref.rollout.name": "sglang"}, "rollout.name"),
-        ({f"+{plugin.WHERE}.pruning.in_flight.enable": "true"}, "agent_loop_manager_class"),
     ],
 )
 def test_settings_of_ours_that_do_not_fit_are_refused(changes, named):
@@ -249,15 +251,23 @@ def test_settings_of_ours_that_do_not_fit_are_refused(changes, named):
         plugin.recipe_of(verl_config(changes))
 
 
+def shell(text: str) -> str:
+    """MORE after some lines of bash."""
+    environment = os.environ | {"TEACHER": "a/teacher", "OTHER": "another/teacher"}
+    done = subprocess.run(["bash", "-c", f'{text}; echo "$MORE"'], env=environment, capture_output=True, text=True)
+    return done.stdout
+
+
 def documented_commands() -> list[list[str]]:
-    """The launch command of docs/scaling.md for each pair of its table, and for several nodes."""
+    """The launch command of docs/scaling.md for each pair of its table, for several nodes and for several teachers."""
     page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
     (command,) = re.findall(r"python -m verl\.trainer\.main_ppo (.*?)^```", page, re.MULTILINE | re.DOTALL)
     pairs = re.findall(r"^\| (\S+/\S+) \| (\S+/\S+) \| (?:`(.*)`)? ?\|$", page, re.MULTILINE)
     assert len(pairs) == 5
-    (nodes,) = re.findall(r'export MORE="(.*)"', page)
+    others = [shell(text) for text in re.findall(r'^(?:T=.*\n)?export MORE="[^"]*"', page, re.MULTILINE)]
+    assert len(others) == 2  # several nodes, several teachers
     found = []
-    for student, teacher, more in [*pairs, (*pairs[0][:2], nodes)]:
+    for student, teacher, more in [*pairs, *((*pairs[0][:2], more) for more in others)]:
         text = command.replace("\\\n", " ").replace("$STUDENT", student).replace("$TEACHER", teacher)
         found.append(text.replace("$MORE", more).split())
     return found
@@ -269,6 +279,7 @@ def test_the_documented_command_is_valid_and_has_the_papers_settings(overrides):
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = compose("ppo_trainer", list(last.values()))
     recipe = plugin.recipe_of(config)
+    omega_conf_to_dataclass(config.distillation)  # its pool holds its teachers
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         validate_config(config, use_reference_policy=False, use_critic=False)
@@ -342,20 +353,19 @@ def bare_engine(model) -> FSDPEngineWithLMHead:
     return engine
 
 
-def loss_of(config, *, ours: bool = True):
-    """The loss function that verl's worker would set on its engine, built as `init_model` builds it."""
+def loss_of(config):
+    """The loss function that our worker sets on verl's engine, built as `init_model` builds it."""
     actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
     distillation = omega_conf_to_dataclass(config.distillation)
     stock = functools.partial(distillation_ppo_loss, config=actor, distillation_config=distillation)
-    if not ours:
-        return stock
     worker = plugin.PruneActorWorker.__new__(plugin.PruneActorWorker)
     found: list = []
     worker.role, worker.loss_fn, worker.actor = "actor", stock, SimpleNamespace(set_loss_fn=found.append)
+    worker.distillation_config = config.distillation
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workers.ActorRolloutRefWorker, "init_model", lambda self: None)
         worker.init_model()
-    return found[-1]
+    return found[-1] if found else stock
 
 
 def forward_backward(engine, loss_function, micro_batches):
@@ -495,7 +505,7 @@ def test_forward_kl_on_verls_own_actor_gets_our_weights():
     for name in ("teacher_ids", "teacher_logprobs"):
         data[name] = torch.nested.as_nested_tensor([t[:, :TOP_K] for t in data[name].unbind()], layout=torch.jagged)
     engine = bare_engine(copy.deepcopy(step.student))
-    outputs, _ = forward_backward(engine, loss_of(config, ours=False), [data])
+    outputs, _ = forward_backward(engine, loss_of(config), [data])
     rollouts, topk, total = step.result.rollouts, step.scores.topk, 0.0
     for row, prompt in enumerate(step.prompts):
         length = int(rollouts.lengths[row])
@@ -602,23 +612,45 @@ def test_without_a_window_the_whole_budget_is_sent():
 
 
 def test_our_actor_is_put_in_place_of_verls():
-    def actor(config):
-        trainer = trainer_with(config, None, {})
-        trainer._init_resource_pool_mgr()
-        (worker,) = trainer.role_worker_mapping.values()
-        return worker.__ray_metadata__.modified_class.__mro__[1]
-
-    assert actor(verl_config()) is plugin.PruneActorWorker
-    forward = {"distillation.distillation_loss.loss_mode": "prune_opd_forward_kl"}
-    assert actor(verl_config(forward | {"distillation.distillation_loss.topk": TOP_K})) is workers.ActorRolloutRefWorker
-
-
-def test_failed_rollouts_stop_the_run():
-    """verl logs the error, pads the batch and goes on."""
     trainer = trainer_with(verl_config(), None, {})
+    trainer._init_resource_pool_mgr()
+    (worker,) = trainer.role_worker_mapping.values()
+    assert worker.__ray_metadata__.modified_class.__mro__[1] is plugin.PruneActorWorker
+
+
+def test_the_update_is_at_temperature_1_whatever_the_rollouts_were_sampled_at():
+    seen: list = []
+    train = SimpleNamespace(train_mini_batch=lambda data: seen.append(tensordict_utils.get(data, "temperature")))
+    worker = plugin.PruneActorWorker.__new__(plugin.PruneActorWorker)
+    worker.actor, worker.enable_routing_replay, worker.profiler = train, False, None
+    data = TensorDict({}, batch_size=())
+    tensordict_utils.assign_non_tensor_data(data, "temperature", 0.7)
+    worker.update_actor(data)
+    assert seen == [1.0]
+
+
+def test_failed_rollouts_stop_the_run_and_say_why(monkeypatch):
+    """verl logs the error, pads the batch and goes on; where not one is left it says nothing of the cause."""
+    trainer = trainer_with(verl_config(), None, {})
+    trainer.agent_loop_manager = SimpleNamespace(failures=lambda: ["MemoryError: none left"] * 2)
     batch = KVBatchMeta(partition_id="train", keys=["a", "b"], tags=[{}, {}])
-    with pytest.raises(EngineError, match="2 of 4 rollouts failed"):
+    with pytest.raises(EngineError, match="(?s)2 of 4 rollouts failed.*2 times MemoryError: none left"):
         trainer._balance_batch(batch, metrics={})
+
+    def nothing_left(self, *args):
+        raise RuntimeError("Sync replay buffer selected terminal groups with no materializable trajectories.")
+
+    monkeypatch.setattr(plugin.PruneTrainer.__mro__[2], "_step_once", nothing_left)
+    with pytest.raises(EngineError, match="(?s)4 of 4 rollouts failed.*2 times MemoryError: none left"):
+        trainer._step_once({}, {}, 4)
+
+
+def test_prompts_that_name_another_agent_loop_are_refused():
+    trainer = trainer_with(verl_config(), None, {})
+    fields = {"raw_prompt": ["a"] * ROLLOUTS, "agent_name": np.array(["prune_opd", "tool_agent"] * 2, dtype=object)}
+    trainer._fetch_one_gen_batch = lambda: tensordict_utils.get_tensordict(fields)
+    with pytest.raises(DataError, match="tool_agent"):
+        trainer._next_train_batch()
 
 
 def test_an_actor_that_reports_no_hits_stops_the_run():

@@ -99,7 +99,9 @@ def test_ends_and_chat_templates_that_differ_are_worth_a_look(tmp_path):
     edit(folder / "generation_config.json", eos_token_id=tokenizer.convert_tokens_to_ids(other))
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
     found = findings(f"model.teacher_model_name_or_path={folder}")
-    assert found["end of a response"][0] == "warning" and repr(other) in found["end of a response"][1]
+    assert found["end of a response"][0] == "ok" and "count as one action" in found["end of a response"][1]
+    apart = findings(f"model.teacher_model_name_or_path={folder}", "data.end_tokens=distinct")["end of a response"]
+    assert apart[0] == "warning" and repr(other) in apart[1] and "unlearns to end" in apart[1]
     assert found["chat template"][0] == "warning" and "the student has none" in found["chat template"][1]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import zlib
@@ -53,27 +52,6 @@ def comparison(tmp_path_factory) -> Path:
 def run(comparison, tmp_path) -> Path:
     """A copy of one pruned run that a test may damage."""
     return Path(shutil.copytree(comparison / "prune-seed0", tmp_path / "run"))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Headless Chromium; `page(path)` opens a file and returns the driver once its script has run."""
-    binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    driver = shutil.which("chromedriver")
-    if not binary or not driver:
-        pytest.skip("no chromium and chromedriver on this machine: apt-get install chromium chromium-driver")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    flags = ["--headless", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    flags += ["--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--window-size=1200,900"]
-    for flag in flags + ["--no-sandbox"] * (os.geteuid() == 0):
-        options.add_argument(flag)
-    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield chrome
-    chrome.quit()
 
 
 @pytest.fixture
@@ -382,6 +360,24 @@ def test_what_is_no_run_is_refused(tmp_path, run):
 
 
 # ---- numbers ----
+
+
+def test_a_probe_beside_the_runs_is_shown_and_a_damaged_one_is_named(comparison, run):
+    def estimate(*values):
+        return dict(zip(("value", "low", "high"), values, strict=True))
+
+    row = {"reliability": "R = 0", "cuts": 7, "teacher": estimate(0.25, 0.1, 0.4), "student": estimate(0.5, None, None)}
+    unseen = {"reliability": "R = 1", "cuts": 0, "teacher": estimate(*[None] * 3), "student": estimate(*[None] * 3)}
+    found = {"verdict": f"drift is {HOSTILE}", "problems": 3, "continuations": 2, "by_reliability": [unseen, row]}
+    assert "Is it drift?" not in render(read_runs([run]))
+    (run / "probe.json").write_text(json.dumps(found))
+    text = render(read_runs([run]))
+    assert "Is it drift?" in text and "drift is &lt;/script&gt;" in text and "<script>window.hacked" not in text
+    assert "<td>7</td><td>25.0% <small>10–40</small></td><td>50.0%</td>" in re.sub(r"\s*\n\s*", "", text)
+    assert "R = 1" not in text.split("Is it drift?")[1].split("</section>")[0]
+    (run / "probe.json").write_text(json.dumps(found | {"by_reliability": [row | {"cuts": "many"}]}))
+    with pytest.raises(RunLogError, match=r"probe.json: field by_reliability.0.cuts"):
+        render(read_runs([run]))
 
 
 def test_savings_are_stated_only_where_arms_ran_alike(comparison):

@@ -31,7 +31,7 @@ UNIFORMS = rollout_uniforms(0, 0, range(len(PROMPTS)), LENGTH)
 
 
 @contextmanager
-def served(count=1, *, student=None, deadline=20.0, slots=64, **settings):
+def served(count=1, *, student=None, deadline=20.0, slots=64, ends=(), **settings):
     """A sampler of a tiny student, and its servers, which begin with other weights."""
     student = student or tiny_model("qwen3", seed=3)
     with (
@@ -41,7 +41,16 @@ def served(count=1, *, student=None, deadline=20.0, slots=64, **settings):
         servers = [one, two][:count]
         asked = Servers([server.url for server in servers], deadline=deadline, concurrency=3)
         yield (
-            ServedSampler(student, asked, model="student", dtype="float32", pad_id=PAD, eos_ids=[EOS], slots=slots),
+            ServedSampler(
+                student,
+                asked,
+                model="student",
+                dtype="float32",
+                pad_id=PAD,
+                eos_ids=ends or [EOS],
+                slots=slots,
+                ends=ends,
+            ),
             servers,
         )
         asked.close()
@@ -128,6 +137,27 @@ def test_a_watcher_sees_every_token_once_and_what_it_ends_is_not_asked_for_again
         assert watcher.seen[b] == responses(got)[b]
     assert {body["max_tokens"] for body in asked} == {3}
     assert len(asked) == sum(math.ceil(len(watcher.seen[b]) / 3) for b in range(len(PROMPTS)))
+
+
+@pytest.mark.parametrize("watched", [False, True], ids=["whole", "in chunks"])
+def test_several_ends_count_as_one_action(watched):
+    """Candidates and sampled tokens have log-probabilities of the student's distribution with its ends added up."""
+    ends = (EOS, 5, 12, 30, 44)
+    others, top_k = list(ends[1:]), VOCAB - len(ends) + 1  # every id is listed
+    with served(ends=ends) as (sampler, [server]):
+        rollouts = sampler.sample(PROMPTS, UNIFORMS, top_k=top_k, watcher=Every(64) if watched else None)
+        asked = {body["logprobs"] for path, _, body in server.seen if "seed" in (body or {})}
+        drawn = {token for said in rollouts.response_ids.tolist() for token in said}
+    assert asked == {VOCAB}, "as many more as are merged into one"
+    assert rollouts.finished.any() and EOS in drawn and not drawn & set(others)
+    for b, said in enumerate(responses(rollouts)):
+        want = logprobs_of(sampler.student, rollouts.prompts[b], said)
+        want[:, EOS] = want[:, list(ends)].logsumexp(-1)
+        want[:, others] = -torch.inf
+        best, n = want.topk(top_k), len(said)
+        torch.testing.assert_close(rollouts.student.logprobs[b, :n], best.values, atol=1e-5, rtol=0)
+        assert torch.equal(rollouts.student.ids[b, :n], best.indices)
+        torch.testing.assert_close(rollouts.sampled_logprobs[b, :n], want[range(n), said], atol=1e-5, rtol=0)
 
 
 def test_nothing_to_sample_and_no_candidates():

@@ -7,12 +7,15 @@ doubled or of another type, numbers that no float32 holds, ids that no vocabular
 
 from __future__ import annotations
 
+import base64
 import copy
+import io
 import json
 import math
 import os
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,13 +26,14 @@ from prune_opd.rollout.served import parse_tokens
 from prune_opd.serving import client as client_module
 from prune_opd.serving.client import Servers
 from prune_opd.serving.exchange import API_KEY_VARIABLE, BadAnswer, Key
-from prune_opd.teachers.served import ServedTeacher, parse_scores
+from prune_opd.teachers.served import Asked, ServedTeacher, named_logprobs, parse_scores
 from tests.families import EOS, VOCAB, tiny_model
 from tests.openai_server import serving
 
 KEY = "sk-secret-of-the-test"
 IDS = [5, 6, 7, 8]
 N = 3  # candidates
+ASKED = Asked(IDS, torch.tensor([[1, 2], [3, 4], [5, 6]]))
 LIES = int(os.environ.get("PRUNE_OPD_LIES", "300"))
 many = settings(max_examples=LIES, deadline=None)
 
@@ -125,7 +129,7 @@ def believable(logprobs: torch.Tensor, ids: torch.Tensor):
 def test_scores_are_of_a_distribution_or_not_believed(scored, data):
     told = data.draw(lies(scored))
     teacher = ServedTeacher.__new__(ServedTeacher)
-    teacher.model, teacher.top_logprobs, teacher.vocab_size = "teacher", N, VOCAB
+    teacher.model, teacher.top_logprobs, teacher.vocab_size, teacher.ends = "teacher", N, VOCAB, ()
     teacher.servers = SimpleNamespace(key=Key(None))
     try:
         found = teacher._read(told, IDS)
@@ -299,7 +303,7 @@ def test_over_the_wire_a_lie_is_an_error_of_ours_without_the_key(server, scored,
         server.before = lambda handler, body: tell(handler, body) or True
         try:
             servers.check_model("teacher", 1, whose="teacher", setting="s")
-            found = ServedTeacher(servers, model="teacher", vocab_size=VOCAB, top_logprobs=N).ask(IDS)
+            found = ServedTeacher(servers, model="teacher", vocab_size=VOCAB, top_logprobs=N).ask(ASKED)
             believable(found.logprobs, found.ids)
         except PruneOPDError as error:
             assert KEY not in str(error) and str(error).isprintable()
@@ -308,9 +312,47 @@ def test_over_the_wire_a_lie_is_an_error_of_ours_without_the_key(server, scored,
             server.before = lambda handler, body: False
 
 
+SCORES = np.log(np.full((4, 3), 0.2, dtype=np.float32))
+
+
+def npy(array) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@many
+@given(data=st.data())
+def test_a_file_of_named_scores_is_what_it_should_be_or_refused(data):
+    whole = npy(SCORES)
+    at, new = data.draw(st.integers(0, len(whole))), data.draw(st.binary(max_size=12))
+    told = data.draw(
+        st.one_of(
+            st.just(whole[:at] + new + whole[at + len(new) :]).map(base64.b64encode),
+            st.just(whole[:at]).map(base64.b64encode),
+            st.sampled_from([npy(SCORES.T), npy(SCORES.astype(int)), npy(SCORES + 5), npy(SCORES[:3]), b"PK"]).map(
+                base64.b64encode
+            ),
+            st.text(max_size=9),
+            VALUES,
+        )
+    )
+    try:
+        found = named_logprobs(told.decode() if isinstance(told, bytes) else told, SCORES.shape)
+    except BadAnswer as error:
+        assert str(error).isprintable()
+    else:
+        assert found.shape == SCORES.shape and found.dtype == torch.float32
+        assert found.isfinite().all() and (found <= 1e-3).all()
+
+
+def test_honest_scores_of_named_ids_are_read():
+    assert torch.equal(named_logprobs(base64.b64encode(npy(SCORES)).decode(), (4, 3)), torch.from_numpy(SCORES))
+
+
 def test_an_honest_server_is_believed(server):
     servers = Servers([server.url])
     servers.check_model("teacher", 1, whose="teacher", setting="s")
-    found = ServedTeacher(servers, model="teacher", vocab_size=VOCAB, top_logprobs=N).ask(IDS)
+    found = ServedTeacher(servers, model="teacher", vocab_size=VOCAB, top_logprobs=N).ask(ASKED)
     assert len(found.sampled) == len(IDS) - 1
     servers.close()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from prune_opd.config import PruningSection
+from prune_opd.core.ends import as_one_end
 from prune_opd.errors import ModelError, ServerError, TokenizerError
 from prune_opd.rollout.base import rollout_uniforms
 from prune_opd.rollout.in_flight import InFlightStop
@@ -40,9 +42,9 @@ def server_of(model=None, shift=0, **settings):
     return serving(model or tiny_model("qwen3", seed=4), Letters(shift), max_logprobs=VOCAB, **settings)
 
 
-def teacher_of(*servers, top_logprobs=VOCAB, **settings) -> ServedTeacher:
+def teacher_of(*servers, top_logprobs=VOCAB, ends=(), **settings) -> ServedTeacher:
     client = Servers([server.url for server in servers], **{"deadline": 60.0, "timeout": 60.0, **settings})
-    return ServedTeacher(client, model="teacher", vocab_size=VOCAB, top_logprobs=top_logprobs)
+    return ServedTeacher(client, model="teacher", vocab_size=VOCAB, top_logprobs=top_logprobs, ends=ends)
 
 
 def test_scores_over_http_are_those_of_the_model_behind_it():
@@ -54,6 +56,29 @@ def test_scores_over_http_are_those_of_the_model_behind_it():
         assert all(any(path == "/v1/completions" for path, *_ in server.seen[1:]) for server in (one, two))
     lengths = rollouts.lengths.tolist()
     assert scores.scored == sum(lengths)
+
+
+def test_several_ends_count_as_one_action_as_in_the_local_teacher():
+    model, ends = tiny_model("qwen3", seed=4), (EOS, 5, 12, 30, 44)
+    rollouts, _ = sample("qwen3")
+    rollouts = replace(rollouts, response_ids=as_one_end(rollouts.response_ids, ends))
+    assert rollouts.finished.any()
+    want = LocalTeacher(model, vocab_size=VOCAB, ends=ends).score(rollouts, top_k=K)
+    plain = LocalTeacher(model, vocab_size=VOCAB).score(rollouts, top_k=K)
+    with server_of(model) as server:
+        got = teacher_of(server, ends=ends).score(rollouts, top_k=K)
+    kept = rollouts.response_mask
+    assert torch.equal(got.topk.ids[kept], want.topk.ids[kept])
+    for values, expected in (
+        (got.topk.logprobs, want.topk.logprobs),
+        (got.topk.entropy, want.topk.entropy),
+        (got.sampled_logprobs, want.sampled_logprobs),
+    ):
+        torch.testing.assert_close(values[kept], expected[kept], atol=1e-4, rtol=0)
+    merged = torch.isin(rollouts.student.ids, torch.tensor(ends[1:]))  # of which nothing is left to look up
+    here = kept.unsqueeze(-1) & ~merged
+    torch.testing.assert_close(got.candidate_logprobs[here], want.candidate_logprobs[here], atol=1e-4, rtol=0)
+    assert not torch.equal(want.sampled_logprobs[kept], plain.sampled_logprobs[kept])
 
 
 def test_candidates_that_are_not_listed_share_the_mass_that_is_left():
@@ -82,8 +107,66 @@ def test_candidates_that_are_not_listed_share_the_mass_that_is_left():
     assert missing > 20, "every candidate was listed: tests nothing"
 
 
-@pytest.mark.parametrize("events", [2, 4])
-def test_rollouts_stop_where_the_local_teacher_stops_them_at_a_linear_cost(events):
+ENDS = (EOS, 5, 12, 30, 44)
+
+
+@pytest.mark.parametrize("ends", [(), ENDS], ids=["one end", "several ends"])
+def test_a_server_that_scores_named_ids_is_asked_for_them_and_nothing_is_estimated(ends):
+    model = tiny_model("qwen3", seed=4)
+    rollouts, _ = sample("qwen3")
+    merged = torch.isin(rollouts.student.ids, torch.tensor(ends[1:]))  # as the student's own would be, merged
+    student = replace(rollouts.student, ids=rollouts.student.ids.masked_fill(merged, EOS))
+    rollouts = replace(rollouts, response_ids=as_one_end(rollouts.response_ids, ends), student=student)
+    exact = LocalTeacher(model, vocab_size=VOCAB, ends=ends).score(rollouts, top_k=K)
+    with server_of(model, scale_out=True) as server:
+        teacher = teacher_of(server, top_logprobs=K + len(ends))
+        teacher.ends = ends
+        teacher.check(Letters(), longest=20)
+        assert teacher.exact and "exactly" in teacher.way
+        began = len(server.seen)
+        scores = teacher.score(rollouts, top_k=K)
+        assert {path for path, *_ in server.seen[began:]} == {"/inference/v1/generate", "/v1/completions"}
+        probes = [body for path, _, body in server.seen[began:] if path == "/v1/completions"]
+        assert len({tuple(body["prompt"]) for body in probes}) == 1, "of the probe alone"
+    kept = rollouts.response_mask
+    pairs = [(scores.candidate_logprobs, exact.candidate_logprobs), (scores.sampled_logprobs, exact.sampled_logprobs)]
+    for got, want in pairs:
+        torch.testing.assert_close(got[kept], want[kept], atol=1e-5, rtol=0)
+    if not ends:  # an end that is not listed adds nothing there, and may change a rank
+        assert torch.equal(scores.topk.ids[kept], exact.topk.ids[kept])
+
+
+def test_one_replica_that_cannot_score_named_ids_means_none_is_asked():
+    model = tiny_model("qwen3", seed=4)
+    with server_of(model, scale_out=True) as one, server_of(model) as two:
+        teacher = teacher_of(one, two)
+        teacher.check(Letters(), longest=20)
+        assert not teacher.exact and "--enable-scale-out" in teacher.way
+
+
+def test_scores_of_named_ids_that_are_not_those_of_the_likeliest_are_not_believed():
+    model = tiny_model("qwen3", seed=4)
+    with server_of(model, scale_out=True) as server:
+        honest = server.generate
+
+        def shifted(body):
+            body["sampling_params"]["prompt_logprob_token_ids"] = [
+                [(token + 1) % VOCAB for token in row] for row in body["sampling_params"]["prompt_logprob_token_ids"]
+            ]
+            return honest(body)
+
+        server.generate = shifted
+        teacher = teacher_of(server)
+        teacher.check(Letters(), longest=20)
+        assert not teacher.exact, "a server that answers for other ids"
+        teacher.exact = True
+        rollouts, _ = sample("qwen3")
+        with pytest.raises(ServerError, match="are not those of the likeliest"):
+            teacher.score(rollouts, top_k=K)
+
+
+@pytest.mark.parametrize(("events", "exact"), [(2, False), (4, False), (4, True)])
+def test_rollouts_stop_where_the_local_teacher_stops_them_at_a_linear_cost(events, exact):
     """Looked at less and less often, rollouts end at the same token as when each chunk was scored at once."""
     student, model = tiny_model("qwen3", seed=3), tiny_model("qwen3", seed=4)
     prompts, length = tiny_prompts(), 60
@@ -101,8 +184,11 @@ def test_rollouts_stop_where_the_local_teacher_stops_them_at_a_linear_cost(event
         return rollouts, watcher.scores_of(rollouts.response_ids.shape[1])
 
     want, local = run(LocalTeacher(model, vocab_size=VOCAB))
-    with server_of(model) as server:
-        got, served = run(teacher_of(server))
+    with server_of(model, scale_out=exact) as server:
+        teacher = teacher_of(server)
+        teacher.check(Letters(), longest=20)
+        assert teacher.exact == exact
+        got, served = run(teacher)
     assert want.stopped.sum() > 1, "nothing stops: tests nothing"
     assert torch.equal(got.response_ids, want.response_ids)
     assert torch.equal(got.stopped, want.stopped)

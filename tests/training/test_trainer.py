@@ -44,6 +44,7 @@ SMALL = [
     "evaluation.max_tokens=30",
 ]
 IN_FLIGHT = ["pruning.in_flight.enable=true", "pruning.in_flight.chunk=8", "pruning.w_drop=0.2"]
+BUDGET = ["rollout.token_budget=100"]
 CONTROLS = [
     "pruning.enable=false",
     "control.lengths=[16, 24, 20, 40]",
@@ -74,7 +75,9 @@ def copy_of_student(folder) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("settings", [[], IN_FLIGHT, CONTROLS], ids=["window", "in-flight", "controls"])
+@pytest.mark.parametrize(
+    "settings", [[], [*IN_FLIGHT, *BUDGET], CONTROLS], ids=["window", "in-flight with a budget", "controls"]
+)
 def test_a_run_that_was_cut_off_and_resumed_is_the_run_that_was_not(tmp_path, settings):
     run(tmp_path / "whole", *settings)
     run(tmp_path / "cut", *settings, "training.steps=2")
@@ -89,6 +92,23 @@ def test_a_run_that_was_cut_off_and_resumed_is_the_run_that_was_not(tmp_path, se
         assert cut == whole, name
     weights = [load_file(tmp_path / x / "checkpoints/step_4/model.safetensors") for x in ("whole", "cut")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_budget_of_tokens_pays_for_prompts_and_each_prompt_of_a_data_set_comes_once(tmp_path):
+    names = [f"a {i // 10} b {i % 10} c {i * 7 % 10}" for i in range(60)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps({"prompt": f"Q {name} :"}) + "\n" for name in names))
+    settings = [*BUDGET, f"data.train={tmp_path / 'own.jsonl'}", "tracking.rollouts_per_step=99"]
+    trainer = run(tmp_path / "run", *settings, *IN_FLIGHT)
+    steps = [row for row in records(tmp_path / "run") if row["step"] > 0]
+    asked: dict[int, list[str]] = {}
+    for row in records(tmp_path / "run", "rollouts.jsonl"):
+        asked.setdefault(row["step"], []).append(row["prompt"])
+    for this, following in zip(steps, steps[1:], strict=False):
+        per_prompt = this["tokens/trained"] / this["rollout/prompts"]
+        assert following["rollout/prompts"] == min(max(round(100 / per_prompt), 1), 16)
+    assert len({row["rollout/prompts"] for row in steps}) > 1, "the budget changed nothing"
+    once = [prompt for step in asked.values() for prompt in step[::2]]
+    assert len(once) == len(set(once)) == trainer.run.budget.first == sum(row["rollout/prompts"] for row in steps)
 
 
 def test_training_changes_the_student_and_the_window_moves(tmp_path):

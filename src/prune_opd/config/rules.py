@@ -85,6 +85,10 @@ def _unread(config: Config) -> Iterator[tuple[str, str]]:
     if config.objective.vocabulary_loss:
         yield "model.liger_head", f"loss is {loss}, which needs all logits"
 
+    if not config.tracking.report_to:
+        for name in ("report_every", "run_name", "group"):
+            yield f"tracking.{name}", "tracking.report_to names no tracker"
+
     if config.evaluation.data is None:
         yield "evaluation.*", "evaluation.data is not set, so nothing is evaluated"
     elif config.evaluation.data.startswith(("task:", "reasoning_gym:")):

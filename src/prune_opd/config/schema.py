@@ -13,18 +13,15 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 from prune_opd.config.values import Address, Folder, Name, storable
 from prune_opd.core.choices import (
     AfterDrift,
+    Attention,
     DriftMetric,
+    EndTokens,
     LossName,
     Normalization,
     RewardWeightMode,
     TopKStrategy,
     VocabularyLoss,
 )
-
-Attention = Literal[
-    "auto", "sdpa", "eager", "flex_attention", "varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4"
-]
-
 
 class Section(BaseModel):
     """Unknown names are errors. Neither `true` nor "3" is a number. Nothing can be set after loading.
@@ -128,6 +125,11 @@ class DataSection(Section):
         description="Variables of the tokenizer's chat template, for example enable_thinking = false.",
     )
     max_prompt_length: PositiveInt = Field(1024, description="Prompts of more tokens are left out and counted.")
+    end_tokens: EndTokens = Field(
+        "auto",
+        description="Ids that end a response for student or teacher: one action (equivalent), or ids like any other "
+        "(distinct, the paper). auto: equivalent where the two models have different ones.",
+    )
 
 
 class VLLMServerSection(Section):
@@ -150,6 +152,12 @@ class RolloutSection(Section):
 
     prompts_per_step: PositiveInt = Field(64, description="Prompts in one optimiser step.")
     num_generations: PositiveInt = Field(4, description="Rollouts of each prompt.")
+    token_budget: PositiveInt | None = Field(
+        None,
+        examples=[16384],
+        description="Response tokens of a step: from the second on, as many prompts as take about so many, at most 8 "
+        "times prompts_per_step. Unset, each step has prompts_per_step.",
+    )
     max_completion_length: PositiveInt = Field(12288, description="Most tokens of a response (the paper's M_max).")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; other than 1 is not on-policy.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus of the student's sampling; below 1 is not on-policy.")
@@ -354,6 +362,17 @@ class TrackingSection(Section):
 
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         [], examples=[["wandb"]], description="Trackers to write to as well."
+    )
+    report_every: PositiveInt = Field(
+        20, description="Steps between pictures for them: overlap by position and step, and the window."
+    )
+    run_name: Name | None = Field(
+        None, examples=["first try"], description="The run's name in them; unset, that of its directory."
+    )
+    group: Name | None = Field(
+        None,
+        examples=["gamma sweep"],
+        description="Of runs that belong together; unset, compare gives its directory's.",
     )
     rollouts_per_step: int = Field(2, ge=0, description="Rollouts written to rollouts.jsonl at each step.")
     rollout_tokens: int = Field(512, ge=0, description="First tokens of each, which get weights and candidates.")

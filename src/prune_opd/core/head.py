@@ -15,6 +15,8 @@ logits needs three or two.
 A divergence over the whole vocabulary needs every logit of both models, and leaves one number a position:
 `over_vocabulary` goes in chunks too, and makes their logits again in the backward.
 
+`ends` are ids that count as one action, as core/ends.py has it; the first stands for all of them.
+
 Letters: N positions, H hidden size, V vocabulary, K top-k, C ids that are asked for.
 """
 
@@ -27,8 +29,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from prune_opd.core.ends import merge_asked, merge_ends, merge_ends_, with_ends
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from jaxtyping import Float, Int
 
@@ -111,6 +115,7 @@ def head_statistics(
     top_k: int,
     ids: Int[Tensor, "N C"] | None = None,
     vocab_size: int | None = None,
+    ends: Sequence[int] = (),
     chunk_bytes: int = CHUNK_BYTES,
 ) -> HeadStatistics:
     """Statistics without gradient, for the teacher: its own top-k, and log-probs at the student's candidates `ids`.
@@ -121,7 +126,7 @@ def head_statistics(
     """
     hidden, ids = _checked(hidden, head, ids, top_k, vocab_size, chunk_bytes)
     with torch.autocast(hidden.device.type, enabled=False):
-        found = _scan(hidden, head, ids, top_k, vocab_size, chunk_bytes, want_mean_row=False)
+        found = _scan(hidden, head, ids, top_k, vocab_size, chunk_bytes, want_mean_row=False, ends=ends)
     return _statistics(found.ids, found.logits - found.log_z[:, None], found.log_z, found.entropy, top_k)
 
 
@@ -153,12 +158,15 @@ def candidate_logprobs(
     ids: Int[Tensor, "N C"],
     *,
     vocab_size: int | None = None,
+    ends: Sequence[int] = (),
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Float[Tensor, "N C"]:
     """Log-probs at the given ids, with gradient: all that most objectives need of the student."""
-    return differentiable_head_statistics(
-        hidden, head, top_k=0, ids=ids, vocab_size=vocab_size, chunk_bytes=chunk_bytes
-    ).logprobs
+    asked = with_ends(ids, ends)
+    found = differentiable_head_statistics(
+        hidden, head, top_k=0, ids=asked, vocab_size=vocab_size, chunk_bytes=chunk_bytes
+    )
+    return merge_asked(found.logprobs, ids, ends)
 
 
 def over_vocabulary(
@@ -168,6 +176,7 @@ def over_vocabulary(
     ids: Int[Tensor, "N C"],
     *,
     vocab_size: int,
+    ends: Sequence[int] = (),
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, "N C"]]:
     """`function` of the logits (n, V) of student and teacher, a number (n,) for each position by itself; and the
@@ -180,11 +189,12 @@ def over_vocabulary(
 
     def of(hidden: Tensor, teacher_hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            teacher_logits = teacher_head.logits(teacher_hidden)[:, :vocab_size]
-        logits = head.logits(hidden)[:, :vocab_size]
+            teacher_logits = merge_ends(teacher_head.logits(teacher_hidden)[:, :vocab_size], ends)
+        logits = merge_ends(head.logits(hidden)[:, :vocab_size], ends)
         return function(logits, teacher_logits), logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)
 
-    rows = max(1, chunk_bytes // (LOGIT_COPIES * vocab_size * _wide(hidden.dtype).itemsize))
+    copies = LOGIT_COPIES + (2 if len(ends) > 1 else 0)
+    rows = max(1, chunk_bytes // (copies * vocab_size * _wide(hidden.dtype).itemsize))
     if len(hidden) <= rows:
         return of(hidden, teacher_hidden, ids)
     chunks = zip(hidden.split(rows), teacher_hidden.split(rows), ids.split(rows), strict=True)
@@ -213,7 +223,9 @@ def _scan(
     chunk_bytes: int,
     *,
     want_mean_row: bool,
+    ends: Sequence[int] = (),
 ) -> _Scan:
+    assert not (want_mean_row and ends), "mean_row is that of the ids apart"
     count, wide = len(hidden), _wide(hidden.dtype)
     weight, bias = head._rows(vocab_size, hidden.dtype)
     found = _Scan(
@@ -228,13 +240,14 @@ def _scan(
         head._logits_into(z, hidden[rows], weight, bias)
         if capped:
             slope = head._slope_(spare[0].copy_(z))
+        merge_ends_(z, ends)
         top = z.amax(-1, keepdim=True)
         if top_k:
             found.ids[rows, :top_k] = _topk(z, top_k)
         torch.gather(z, -1, found.ids[rows], out=found.logits[rows])
         torch.exp(z.sub_(top), out=e)
         total = e.sum(-1, keepdim=True)
-        if bias is not None:
+        if bias is not None or ends:
             z.clamp_(min=torch.finfo(wide).min)  # a token that a bias of -inf forbids: 0 · -inf would be NaN below
         found.log_z[rows] = (top + total.log()).squeeze(-1)
         found.entropy[rows] = (total.log() - z.mul_(e).sum(-1, keepdim=True) / total).squeeze(-1)

@@ -104,6 +104,13 @@ def load_prompts(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> Promp
 # ---- rows ----
 
 
+def first_row(source: str, split: str) -> Mapping[str, Any]:
+    """The columns of the first row; DataError where the source cannot be read or has none."""
+    for _, row in _rows(source, split):
+        return row
+    raise DataError(f"{source}: there is no row in it; expected one prompt a row")
+
+
 def _rows(source: str, split: str) -> Iterable[Row]:
     try:
         path = Path(source).expanduser()

@@ -27,8 +27,8 @@ class PromptSource(Protocol):
 
     dropped_too_long: int
 
-    def batch(self, step: int, count: int) -> Sequence[Prompt]:
-        """The prompts of one step (0-based)."""
+    def batch(self, step: int, count: int, first: int | None = None) -> Sequence[Prompt]:
+        """The prompts of one step (0-based). first: how many all steps before had, where that is not step · count."""
         ...
 
 
@@ -42,10 +42,11 @@ class DatasetSource:
         """DataError where a prompt has nothing to grade against. Call it before the first step, to lose no run."""
         check_gradable(self.prompts, "reward.function = 'grade'", "name a reward function of your own")
 
-    def batch(self, step: int, count: int) -> Sequence[Prompt]:
+    def batch(self, step: int, count: int, first: int | None = None) -> Sequence[Prompt]:
         """See `PromptSource.batch`; a step may straddle two epochs."""
         size = len(self.prompts)
-        places = range(step * count, (step + 1) * count)
+        first = step * count if first is None else first
+        places = range(first, first + count)
         orders = {
             epoch: np.random.default_rng([self.seed, epoch]).permutation(size) for epoch in {p // size for p in places}
         }
@@ -60,7 +61,7 @@ class TaskSource:
     def __init__(self, data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> None:
         self.data, self.tokenizer, self.seed = data, tokenizer, seed
 
-    def batch(self, step: int, count: int) -> Sequence[Prompt]:
+    def batch(self, step: int, count: int, first: int | None = None) -> Sequence[Prompt]:
         """See `PromptSource.batch`."""
         seed = self.seed * 1_000_003 + step
         return task_prompts(self.data.train, "train", self.data, self.tokenizer, seed=seed, count=count)
@@ -131,7 +132,7 @@ class GymSource:
         self.data, self.tokenizer, self.seed = data, tokenizer, seed
         self.batch(0, 1)  # an unknown task or setting is found before the first step
 
-    def batch(self, step: int, count: int) -> Sequence[Prompt]:
+    def batch(self, step: int, count: int, first: int | None = None) -> Sequence[Prompt]:
         """See `PromptSource.batch`; problems that are too long are replaced by others."""
         seeds = training_seeds(self.seed, step)
         return gym_prompts(self.data, self.tokenizer, seeds=seeds, count=count)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,6 +64,21 @@ class Problem:
     def solution(self) -> str:
         """The full worked solution without the end-of-sequence token."""
         return " ".join([*self.steps, f"\\boxed{{ {self.answer} }}"])
+
+
+def sound_words(problem: Problem, words: Sequence[str]) -> int:
+    """How many words of a response are sound: those up to its last one that goes on with the worked solution.
+
+    Fillers are passed over, so a response that rambles and takes the thread up again is sound until then. What follows
+    the sound words is the first wrong word, a ramble without return, or the first word past the answer.
+    """
+    solution, reached, sound = [*problem.solution.split(), "<eos>"], 0, 0
+    for position, word in enumerate(words, start=1):
+        if reached < len(solution) and word == solution[reached]:
+            reached, sound = reached + 1, position
+        elif word not in FILLERS:
+            break
+    return sound
 
 
 def split_of(operands: tuple[int, ...]) -> Split:

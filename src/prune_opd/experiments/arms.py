@@ -21,20 +21,27 @@ from prune_opd.reporting.run_logs import read_config, trained
 
 PRUNE = {"pruning.enable": True, "pruning.reweight": True, "pruning.in_flight.enable": False}
 WINDOW = {"pruning.dynamic_response_length.enable": True}
+IN_FLIGHT_ONLY = {"pruning.in_flight.enable": True, "pruning.dynamic_response_length.enable": False}
 OFF = {"pruning.enable": False}
+DISTINCT = {"data.end_tokens": "distinct"}
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "opd": OFF,  # whole budget, every token weighs 1
     "prune": PRUNE,  # weights and window, nothing stopped in flight: the paper
     "prune-inflight": PRUNE | {"pruning.in_flight.enable": True},
-    "inflight-only": PRUNE | {"pruning.in_flight.enable": True, "pruning.dynamic_response_length.enable": False},
+    "inflight-only": PRUNE | IN_FLIGHT_ONLY,
+    "prune-budget": PRUNE,  # what is saved pays for further prompts, up to the recipe's rollout.token_budget
+    "inflight-budget": PRUNE | IN_FLIGHT_ONLY,
     "prune-topp": PRUNE | {"pruning.metric": "teacher_top_p_accept"},  # the nucleus control
     "weights-only": PRUNE | {"pruning.dynamic_response_length.enable": False},
     "window-only": PRUNE | WINDOW | {"pruning.reweight": False},
+    "opd-distinct": OFF | DISTINCT,  # ids that end a response are compared like any other: the paper
+    "prune-distinct": PRUNE | DISTINCT,
     "ramp": OFF,  # lengths on a straight line
     "replay": OFF,  # lengths of the reference
     "random": OFF | {"objective.weight_normalization": "weight_mean"},  # the mean is over the tokens that are kept
 }
+WITH_BUDGET = ("prune-budget", "inflight-budget")  # the others have the same prompts at every step
 FOLLOWED = "prune"  # the arm that controls follow, unless a reference is given
 NEED_REFERENCE = ("replay", "random")
 FOLLOW_REFERENCE = ("ramp", *NEED_REFERENCE)
@@ -58,6 +65,10 @@ def arm_config(config: Config, arm: str, seed: int, reference: Reference | None 
     arm without the reference that it needs.
     """
     settings: dict[str, Any] = {"training.seed": seed, **SETTINGS.get(arm, OFF)}
+    if arm not in WITH_BUDGET:
+        settings["rollout.token_budget"] = None
+    elif config.rollout.token_budget is None:
+        raise ConfigError(f"arm {arm!r} needs rollout.token_budget: set it to the response tokens of a step")
     if found := re.fullmatch(r"fixed:(\d+)", arm):
         length, budget = int(found[1]), config.rollout.max_completion_length
         if not 1 <= length <= budget:
@@ -76,7 +87,7 @@ def arm_config(config: Config, arm: str, seed: int, reference: Reference | None 
             settings["control.lengths"] = reference.lengths
         case "random" if reference:
             settings["control.kept_tokens"] = reference.kept_tokens
-        case "prune" | "prune-inflight" | "prune-topp" if not window.enable:
+        case "prune" | "prune-inflight" | "prune-budget" | "prune-topp" if not window.enable:
             warnings.warn(
                 f"arm {arm}: pruning.dynamic_response_length.enable is false; the next batch is never cut", stacklevel=2
             )
@@ -123,7 +134,8 @@ def read_reference(run_dir: Path, config: Config, seed: int) -> Reference:
     except RunLogError as error:
         raise ConfigError(f"{run_dir} is no run to follow ({error}); give a run directory as --reference") from None
     steps, ours = config.training.steps, with_settings(config, **{"training.seed": seed}).model_dump()
-    for section, name in (("training", "seed"), ("rollout", "prompts_per_step"), ("rollout", "num_generations")):
+    same = [("rollout", name) for name in ("prompts_per_step", "num_generations", "token_budget")]
+    for section, name in [("training", "seed"), *same]:
         if theirs[section][name] != ours[section][name]:
             raise ConfigError(
                 f"{run_dir} cannot be followed: its {section}.{name} is {theirs[section][name]}, here it is "

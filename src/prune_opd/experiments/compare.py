@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from prune_opd.config import Config
+from prune_opd.config import Config, with_settings
 from prune_opd.errors import ConfigError, RunDirectoryError, RunInterrupted
 from prune_opd.experiments.arms import (
     FOLLOW_REFERENCE,
@@ -51,6 +51,8 @@ def compare(
     check_arms(config, arms, references=reference is not None)
     if config.evaluation.data is None:
         raise ConfigError("compare needs held-out problems to compare on; set evaluation.data in the recipe")
+    if config.tracking.report_to and config.tracking.group is None:
+        config = with_settings(config, **{"tracking.group": output_dir.name})
     check_writable(output_dir)
     if output_dir.exists() and any(output_dir.iterdir()) and not resume:
         raise RunDirectoryError(

@@ -24,8 +24,8 @@ from prune_opd.evaluation.evaluate import Evaluation, evaluate
 from prune_opd.models import loading as models
 from prune_opd.reporting.console import duration
 from prune_opd.rollout.local import LocalSampler
-from prune_opd.training.build import environment
 from prune_opd.training.checkpoint import latest_checkpoint
+from prune_opd.training.environment import environment
 from prune_opd.training.files import check_writable
 
 OPTIONS = {  # of `prune-opd eval`, by the setting that they take the place of

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 from trl import DistillationConfig, DistillationTrainer
 
 from prune_opd.config import ObjectiveSection, PruningSection
@@ -40,7 +40,7 @@ from prune_opd.core.drift import DriftReport, drift_report
 from prune_opd.core.window import TrainingWindow
 from prune_opd.errors import ConfigError
 from prune_opd.models.causal_lm import output_head
-from prune_opd.models.loading import check_token_maps, shared_vocab_size
+from prune_opd.models.loading import check_token_maps, end_ids, shared_vocab_size
 from prune_opd.models.packed_attention import packed_states, packing_of
 from prune_opd.models.packing import pack
 from prune_opd.reporting.metrics import distillation_metrics, distillation_sums
@@ -148,7 +148,7 @@ class PruneDistillationTrainer(DistillationTrainer):
                 )
             self.window = TrainingWindow(**dynamic.model_dump(exclude={"enable"}))
         teacher = self.accelerator.unwrap_model(self.teacher_model)
-        self._check_tokens(teacher.name_or_path)
+        self._check_tokens(teacher)
         teacher_size = teacher.get_output_embeddings().weight.shape[0]
         self.shared_vocab = shared_vocab_size(self._student(), teacher_size, self.objective.top_k)
         self.teacher = LocalTeacher(teacher, vocab_size=self.shared_vocab)
@@ -284,8 +284,9 @@ class PruneDistillationTrainer(DistillationTrainer):
         if self.window is not None and state.is_file():
             self.window.load_state_dict(json.loads(state.read_text()))
 
-    def _check_tokens(self, teacher_name: str) -> None:
+    def _check_tokens(self, teacher: PreTrainedModel) -> None:
         """Overlap compares ids, so the teacher's tokenizer must agree; TRL compares the sizes of vocabularies alone."""
+        teacher_name = teacher.name_or_path
         try:
             theirs = AutoTokenizer.from_pretrained(teacher_name)
         except (OSError, ValueError) as error:
@@ -296,6 +297,14 @@ class PruneDistillationTrainer(DistillationTrainer):
             )
             return
         check_token_maps(self._tokenizer, theirs)
+        ours, its = sorted(self.eos_token_ids), end_ids(teacher.generation_config, theirs)
+        if ours != its:
+            warnings.warn(
+                f"the student ends a response with id {', '.join(map(str, ours))}, the teacher with "
+                f"{', '.join(map(str, its))}: here they are compared like any other ids, and the student may "
+                "unlearn to end. `prune-opd train` counts them as one (data.end_tokens)",
+                stacklevel=3,
+            )
 
     def _student(self) -> Any:
         return self.accelerator.unwrap_model(self.model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -24,6 +24,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, c
 
 from prune_opd.config import Config, LoraSection, ModelSection
 from prune_opd.config.words import shown
+from prune_opd.core.choices import EndTokens
 from prune_opd.errors import ConfigError, ModelError, TokenizerError
 from prune_opd.models.causal_lm import check_compiler, check_liger
 from prune_opd.models.packed_attention import choose_attention, has_dense_mask
@@ -345,6 +346,26 @@ def end_ids(settings: GenerationConfig | None, tokenizer: PreTrainedTokenizerBas
     return sorted({tokenizer.eos_token_id, *named})
 
 
+def read_end_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """`end_ids` of a model whose weights are not loaded, from its folder or the Hub."""
+    try:
+        settings = GenerationConfig.from_pretrained(plain_model(name))
+    except (OSError, ValueError):  # the file is optional
+        settings = None
+    return end_ids(settings, tokenizer)
+
+
+def one_end(student: Sequence[int], teacher: Sequence[int], choice: EndTokens, first: int) -> tuple[int, ...]:
+    """The ids that count as one action (core/ends.py), `first` in front; () where ids are compared as they are.
+
+    student, teacher: the ids that end a response for each · choice: `data.end_tokens` · first: the student's EOS.
+    """
+    if choice == "distinct" or (choice == "auto" and set(student) == set(teacher)):
+        return ()
+    others = sorted({*student, *teacher} - {first})
+    return (first, *others) if others else ()
+
+
 def check_ids(model: PreTrainedModel, name: str, ids: Iterable[int]) -> None:
     """ModelError where the model has no embedding for one of the ids of its prompts."""
     rows, highest = model.get_input_embeddings().weight.shape[0], max(ids)
@@ -361,6 +382,15 @@ def shared_vocab_size(student: PreTrainedModel, teacher_size: int, top_k: int) -
     if top_k > size:
         raise ModelError(f"objective.top_k = {top_k} is above the shared vocabulary of {size} tokens; lower top_k")
     return size
+
+
+def check_ends(ends: Sequence[int], vocab_size: int) -> None:
+    """ModelError where an id that ends a response is beyond the ids that student and teacher share."""
+    if beyond := [end for end in ends if not 0 <= end < vocab_size]:
+        raise ModelError(
+            f"id {beyond[0]} ends a response of one model, and the two share {vocab_size} ids; repair eos_token_id in "
+            'its generation_config.json, or set data.end_tokens = "distinct"'
+        )
 
 
 def check_context(model_config: PretrainedConfig, name: str, longest: int) -> None:

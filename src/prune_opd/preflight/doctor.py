@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from prune_opd.config import Config, with_settings
@@ -30,15 +30,16 @@ from prune_opd.rollout.events import drift_events
 from prune_opd.serving.client import Servers
 from prune_opd.teachers.local import LocalTeacher
 from prune_opd.teachers.served import ServedTeacher
-from prune_opd.training.build import build_problems, build_prompts, build_sampler, build_teacher
+from prune_opd.training.build import build_ends, build_problems, build_prompts, build_sampler, build_teacher
 from prune_opd.training.calibration import (
     Written,
+    candidates_along,
     largest_safe_threshold,
     share_whole,
     student_written,
     teacher_written,
 )
-from prune_opd.types import Prompt
+from prune_opd.types import Prompt, Rollouts
 
 T = TypeVar("T")
 Whose = Literal["teacher", "student"]
@@ -88,7 +89,7 @@ def examine(config: Config, *, probe_prompts: int, tell: Callable[[Finding], Non
     attempt("chat template", _chat_templates, tokenizers)
     prompts = attempt("prompts", _prompts, tokenizers)
     attempt("reward", _reward)
-    fits = [attempt("positions", _positions), attempt("memory", _memory)]
+    fits = [attempt("positions", _positions), attempt("memory", check_memory)]
     fits += [attempt(f"{whose}'s servers", functools.partial(_servers, whose)) for whose in _served(config)]
     if probe_prompts and all(fits):
         attempt("probe", _probe, tokenizers, prompts and prompts[:probe_prompts])
@@ -117,27 +118,27 @@ def _tokenizers(config: Config, say: Tell) -> Tokenizers:
 
 def _ends(config: Config, tokenizers: Tokenizers, say: Tell) -> None:
     """A base model and an instruct model often share a tokenizer, but not the token that ends an answer."""
-    ours, theirs = (_end_ids(name, tok) for name, tok in zip(_names(config), tokenizers, strict=True))
-    tokenizer = tokenizers[0]
-    text = {ids: " or ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in sorted(ids)) for ids in (ours, theirs)}
-    if ours & theirs:
+    tokenizer, choice = tokenizers[0], config.data.end_tokens
+    ours, theirs = (models.read_end_ids(name, tok) for name, tok in zip(_names(config), tokenizers, strict=True))
+    for_student, for_teacher = _quoted(ours, tokenizer), _quoted(theirs, tokenizer)
+    if ours == theirs:
         pad = tokenizer.convert_ids_to_tokens(tokenizer.pad_token_id)
-        say("end of a response", "ok", f"{text[ours]} for the student, {text[theirs]} for the teacher; padding {pad!r}")
+        say("end of a response", "ok", f"{for_student} for the student and for the teacher; padding {pad!r}")
+        return
+    differ = f"the student ends a response with {for_student}, the teacher with {for_teacher}"
+    if models.one_end(ours, theirs, choice, tokenizer.eos_token_id):
+        say("end of a response", "ok", f"{differ}: they count as one action (data.end_tokens = {choice!r})")
     else:
         say(
             "end of a response",
             "warning",
-            f"the student ends a response with {text[ours]}, the teacher with {text[theirs]}: the teacher will not "
-            "teach the student to end. Add the teacher's token to eos_token_id in the student's generation_config.json",
+            f"{differ}, and data.end_tokens = {choice!r}: the teacher calls the student's end a mistake, the student "
+            "unlearns to end, and responses grow to the limit. Take data.end_tokens out",
         )
 
 
-def _end_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    try:
-        settings = GenerationConfig.from_pretrained(models.plain_model(name))
-    except (OSError, ValueError):  # the file is optional
-        settings = GenerationConfig()
-    return frozenset(models.end_ids(settings, tokenizer))
+def _quoted(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return " or ".join(repr(tokenizer.convert_ids_to_tokens(number)) for number in ids)
 
 
 def _chat_templates(config: Config, tokenizers: Tokenizers, say: Tell) -> None:
@@ -164,10 +165,13 @@ def _prompts(config: Config, tokenizers: Tokenizers, say: Tell) -> Sequence[Prom
         f"{len(problems)} held-out problems from {config.evaluation.data}" if problems else "nothing is evaluated"
     )
     dropped = f"; {source.dropped_too_long} are too long and left out" if source.dropped_too_long else ""
+    unknown = {tokenizers[0].unk_token_id, tokenizers[0].pad_token_id}
+    strange = sum(not unknown.isdisjoint(prompt.token_ids) for prompt in prompts)
+    lost = f"; {strange} of {len(prompts)} hold text that the tokenizer does not know" if strange else ""
     say(
         "prompts",
-        "warning" if dropped else "ok",
-        f"{config.data.train}{dropped}; {held_out}. The first, {len(prompts[0].token_ids)} tokens: "
+        "warning" if dropped or lost else "ok",
+        f"{config.data.train}{dropped}{lost}; {held_out}. The first, {len(prompts[0].token_ids)} tokens: "
         f"{tokenizers[0].decode(prompts[0].token_ids)!r}",
     )
     return prompts
@@ -220,7 +224,8 @@ def _servers(whose: Whose, config: Config, say: Tell) -> bool:
     return True
 
 
-def _memory(config: Config, say: Tell) -> bool | None:
+def check_memory(config: Config, say: Tell) -> bool | None:
+    """Whether the device has what the recipe needs, told to `say`; None where one process alone has not."""
     memory, device = estimate_memory(config), models.resolve_device(config.training.device)
     parts = ", ".join(f"{name} {text}" for name, text in memory_rows(config, memory) if name != "peak")
     there = _device_bytes(device)
@@ -267,16 +272,18 @@ def _probe(config: Config, tokenizers: Tokenizers, prompts: Sequence[Prompt], sa
     device, token_ids = models.resolve_device(config.training.device), [prompt.token_ids for prompt in prompts]
     student = models.load_student(config, device)
     config = with_settings(config, **{"model.compile": False})  # would take minutes, for a few responses
-    teacher, vocab_size = build_teacher(config, student, tokenizers[0], None, device=device)
+    ends = build_ends(config, student, tokenizers[0])
+    teacher, vocab_size = build_teacher(config, student, tokenizers[0], None, device=device, ends=ends)
     if isinstance(teacher, ServedTeacher):
-        say("teacher's answers", "ok", f"model, tokens and {teacher.top_logprobs} candidates a token are as expected")
+        say("teacher's answers", "ok", f"model, tokens and scores are as expected; {teacher.way}")
     width = config.data.max_prompt_length + config.longest_response
-    sampler = build_sampler(config, student, tokenizers[0], vocab_size=vocab_size, max_model_len=width)
+    sampler = build_sampler(config, student, tokenizers[0], vocab_size=vocab_size, max_model_len=width, ends=ends)
     by_student = student_written(config, token_ids, sampler, teacher)
     _say_agreement("agreement, student's text", by_student, say)
     if isinstance(teacher, LocalTeacher):
         by_teacher = teacher_written(config, token_ids, student, teacher, tokenizers[0])
         _say_agreement("agreement, teacher's text", by_teacher, say)
+        _say_endings(by_teacher.rollouts, student, teacher, tokenizers[0], say)
         config = _threshold(config, by_teacher, say)
     if config.pruning.enable:
         _say_saving(config, by_student, say)
@@ -296,6 +303,39 @@ def _say_agreement(subject: str, written: Written, say: Tell) -> None:
     if not ended:
         text += ": whoever wrote them may not know how to end, or needs a higher rollout.max_completion_length"
     say(subject, "ok" if ended else "warning", text)
+
+
+def _say_endings(
+    rollouts: Rollouts,
+    student: PreTrainedModel,
+    teacher: LocalTeacher,
+    tokenizer: PreTrainedTokenizerBase,
+    say: Tell,
+) -> None:
+    """What each model would say where the teacher ended its responses: the files may name an id that it never uses."""
+    if not rollouts.finished.any():
+        return
+    last = rollouts.finished.nonzero().squeeze(-1), rollouts.lengths[rollouts.finished] - 1
+    found = {}
+    for whose, model in (("student", student), ("teacher", teacher.model)):
+        likeliest = candidates_along(model, rollouts, 1, teacher.vocab_size).at(last)
+        ids, counts = likeliest.ids.unique(return_counts=True)
+        most = int(ids[counts.argmax()])
+        found[whose] = most, likeliest.logprobs[likeliest.ids == most].exp().mean().item()
+    said = ", ".join(
+        f"the {whose} says {tokenizer.convert_ids_to_tokens(most)!r} ({mass:.2f})"
+        for whose, (most, mass) in found.items()
+    )
+    (ours, _), (theirs, _) = found.values()
+    if ours == theirs or {ours, theirs} <= set(teacher.ends):
+        say("after an answer", "ok", said)
+    else:
+        say(
+            "after an answer",
+            "warning",
+            f"{said}. If both mean the end of a response, name both in eos_token_id of the models' "
+            'generation_config.json and set data.end_tokens = "equivalent"; else the student has not learnt to end',
+        )
 
 
 def _threshold(config: Config, by_teacher: Written, say: Tell) -> Config:

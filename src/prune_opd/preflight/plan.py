@@ -13,6 +13,7 @@ import torch
 
 from prune_opd.config import Config
 from prune_opd.config.values import MOST
+from prune_opd.core.budget import MOST_TIMES
 from prune_opd.models.loading import resolve_device
 from prune_opd.preflight.memory import Memory, estimate_memory, memory_rows, size_text
 from prune_opd.preflight.topology import GPUs, topology_rows
@@ -47,6 +48,8 @@ def describe_plan(config: Config, gpus: GPUs | None = None) -> str:
 def most_response_tokens(config: Config) -> int:
     """Upper bound of the tokens sampled in training: every rollout full, the window growing at every step."""
     steps, rollouts = config.training.steps, config.rollout.prompts_per_step * config.rollout.num_generations
+    if config.rollout.token_budget is not None:
+        rollouts *= MOST_TIMES
     if config.control.lengths:
         return rollouts * sum(config.control.lengths[:steps])
     if not config.window_is_dynamic:
@@ -99,7 +102,11 @@ def _plan(config: Config, memory: Memory) -> Iterator[tuple[str, str]]:
     yield "prompts", f"{config.data.train}, at most {config.data.max_prompt_length:,} tokens each"
     rollouts = rollout.prompts_per_step * rollout.num_generations
     prompts = f"{rollout.prompts_per_step} prompts x {rollout.num_generations}"
-    yield "steps", f"{training.steps:,}, each of {prompts} = {rollouts} rollouts"
+    each = f"each of {prompts} = {rollouts} rollouts"
+    if rollout.token_budget is not None:
+        later = f"then as many as take {rollout.token_budget:,} tokens, at most {MOST_TIMES} times as many"
+        each = f"the first of {prompts} = {rollouts} rollouts, {later}"
+    yield "steps", f"{training.steps:,}, {each}"
     yield "objective", _objective(config)
     if config.reward.function is not None:
         yield "reward", _reward(config)

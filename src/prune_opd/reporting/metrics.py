@@ -187,6 +187,8 @@ def metrics_of(result: StepResult, config: Config, share: Share | None = None) -
         "rollout/slot_occupancy": count["generated"] / max(count["slot_steps"], 1),
         **{f"time/{name}": seconds for name, seconds in result.seconds.items()},
     }
+    if config.rollout.token_budget is not None:
+        record["rollout/prompts"] = len(lengths) // config.rollout.num_generations
     if change:
         record["prune_opd/effective_response_length_hit_ratio"] = change.hit_ratio
     if "engine_gap" in sums:

@@ -193,6 +193,32 @@ class Calibration(Record):
     teacher_written: Written
 
 
+class Estimate(Record):
+    """A share with its 95% interval; null where there was too little to tell."""
+
+    value: Share | None
+    low: Share | None
+    high: Share | None
+
+
+class Rescued(Record):
+    """How many continuations of prefixes with this reliability were right."""
+
+    reliability: str
+    cuts: Count
+    teacher: Estimate
+    student: Estimate
+
+
+class Probe(Record):
+    """What `prune-opd probe` wrote; in a folder of runs, probe.json."""
+
+    verdict: str
+    problems: Count
+    continuations: Count
+    by_reliability: list[Rescued]
+
+
 class TeacherProbe(Record):
     """teacher_probe.json: how a served teacher scored its probe."""
 

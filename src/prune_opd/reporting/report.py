@@ -22,8 +22,9 @@ import jinja2
 import numpy as np
 
 from prune_opd.reporting.charts import SERIES, page_run
-from prune_opd.reporting.records import write_text
+from prune_opd.reporting.records import Probe, read_object, write_text
 from prune_opd.reporting.run_logs import PHASES, Run, read_runs
+from prune_opd.reporting.saturation import when_saturated
 from prune_opd.reporting.statistics import difference, evaluation_curve, seconds_to, summary
 from prune_opd.reporting.wording import duration, flattened, percent
 
@@ -61,7 +62,9 @@ def render(runs: Sequence[Run]) -> str:
         runs=runs,
         arms=arms,
         verdict=list(verdict(arms)),
+        saturated=[(run.name, said) for run in runs for said in when_saturated(run.steps)],
         missing=[(run.name, note) for run in runs for note in missing(run)],
+        probes=list(probes(runs)),
         settings=settings_table(runs),
         data=data,
         script=script,
@@ -197,6 +200,13 @@ def missing(run: Run) -> Iterator[str]:
         yield "drift.jsonl is not there, so overlap by position, weights and drift onset are not shown."
     if not (run.path / "rollouts.jsonl").is_file() and run.steps:
         yield "rollouts.jsonl is not there (tracking.rollouts_per_step = 0 writes none), so no rollout is shown."
+
+
+def probes(runs: Sequence[Run]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(folder, what `prune-opd probe` wrote) of each folder of runs, or of a comparison, that has a probe.json."""
+    for folder in dict.fromkeys(folder for run in runs for folder in (run.path, run.path.parent)):
+        if (folder / "probe.json").is_file():
+            yield folder.name, read_object(folder / "probe.json", Probe)
 
 
 def settings_table(runs: Sequence[Run]) -> dict[str, Any]:

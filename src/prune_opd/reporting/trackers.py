@@ -1,53 +1,154 @@
-"""Optional trackers, each only when the recipe asks for it."""
+"""Optional trackers, each only when the recipe asks for it: numbers of each step, and now and then a picture."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
+
+from prune_opd.config import TrackingSection
 from prune_opd.errors import ConfigError
 
-Log = Callable[[dict[str, float], int], None]
+PROJECT, PICTURE, IDENTITY = "prune-opd", "prune_opd/overlap_and_window", "tracking.json"
 
 
-def start_trackers(names: Sequence[str], run_dir: Path, settings: dict[str, Any]) -> list[Log]:
-    """One `log(metrics, step)` for each name; raises ConfigError when its package is not installed."""
-    starters = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
-    logs = []
-    for name in names:
+class Tracker(Protocol):
+    """Somewhere that numbers and pictures go besides the run directory."""
+
+    def numbers(self, metrics: Mapping[str, float], step: int) -> None:
+        """The metrics of a step."""
+        ...
+
+    def picture(self, pixels: np.ndarray, step: int) -> None:
+        """The run up to a step, (height, width, 3) uint8."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more follows."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """What a tracker is told of a run.
+
+    identity: the same each time that the run goes on, and of no other run · next_step: the first that is still to come.
+    """
+
+    run_dir: Path
+    name: str
+    group: str | None
+    identity: str
+    next_step: int
+    settings: Mapping[str, Any]
+
+
+def start_trackers(
+    tracking: TrackingSection, run_dir: Path, settings: Mapping[str, Any], next_step: int
+) -> list[Tracker]:
+    """One tracker for each name of `tracking.report_to`; ConfigError when its package is not installed.
+
+    The identity of the run is kept in its directory, so that a run which goes on goes on in the tracker too.
+    """
+    if not tracking.report_to:
+        return []
+    path = run_dir / IDENTITY
+    if not path.is_file():
+        path.write_text(json.dumps({"identity": secrets.token_hex(8)}), encoding="utf-8")
+    name = tracking.run_name or "-".join(filter(None, (tracking.group, run_dir.name)))
+    identity = json.loads(path.read_text(encoding="utf-8"))["identity"]
+    run = TrackedRun(run_dir, name, tracking.group, identity, next_step, settings)
+    kinds: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
+    trackers = []
+    for kind in tracking.report_to:
         try:
-            logs.append(starters[name](run_dir, settings))
+            trackers.append(kinds[kind](run))  # type: ignore[call-arg]
         except ImportError as error:
             raise ConfigError(
-                f"tracking.report_to names {name}, which is not installed ({error}); "
+                f"tracking.report_to names {kind}, which is not installed ({error}); "
                 "run `pip install prune-opd[trackers]` or take it out"
             ) from None
-    return logs
+    return trackers
 
 
-def _tensorboard(run_dir: Path, settings: dict[str, Any]) -> Log:
-    from torch.utils.tensorboard import SummaryWriter
+class TensorBoard:
+    """Event files in the run directory; those of steps that are done again are dropped."""
 
-    writer = SummaryWriter(str(run_dir / "tensorboard"))
+    def __init__(self, run: TrackedRun) -> None:
+        from torch.utils.tensorboard import SummaryWriter
 
-    def log(metrics: dict[str, float], step: int) -> None:
+        self.writer = SummaryWriter(str(run.run_dir / "tensorboard"), purge_step=run.next_step)
+
+    def numbers(self, metrics: Mapping[str, float], step: int) -> None:
+        """See `Tracker`."""
         for name, value in metrics.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
 
-    return log
+    def picture(self, pixels: np.ndarray, step: int) -> None:
+        """See `Tracker`."""
+        self.writer.add_image(PICTURE, pixels, step, dataformats="HWC")
+        self.writer.flush()
+
+    def close(self) -> None:
+        """See `Tracker`."""
+        self.writer.close()
 
 
-def _wandb(run_dir: Path, settings: dict[str, Any]) -> Log:
-    import wandb
+class WandB:
+    """A run of Weights & Biases; WANDB_MODE, WANDB_PROJECT and its other variables hold."""
 
-    run = wandb.init(project="prune-opd", name=run_dir.name, dir=str(run_dir), config=settings)
-    return lambda metrics, step: run.log(metrics, step=step)
+    def __init__(self, run: TrackedRun) -> None:
+        import wandb
+
+        self.image = wandb.Image
+        self.run = wandb.init(
+            project=PROJECT,
+            name=run.name,
+            group=run.group,
+            id=run.identity,
+            resume="allow",
+            dir=str(run.run_dir),
+            config=dict(run.settings),
+        )
+
+    def numbers(self, metrics: Mapping[str, float], step: int) -> None:
+        """See `Tracker`."""
+        self.run.log(dict(metrics), step=step)
+
+    def picture(self, pixels: np.ndarray, step: int) -> None:
+        """See `Tracker`."""
+        self.run.log({PICTURE: self.image(pixels)}, step=step)
+
+    def close(self) -> None:
+        """See `Tracker`."""
+        self.run.finish()
 
 
-def _trackio(run_dir: Path, settings: dict[str, Any]) -> Log:
-    import trackio
+class Trackio:
+    """A run of trackio, which knows runs by their names: the identity is part of it."""
 
-    trackio.init(project="prune-opd", name=run_dir.name, config=settings)
-    return lambda metrics, step: trackio.log(metrics, step=step)
+    def __init__(self, run: TrackedRun) -> None:
+        import trackio
+
+        self.image = trackio.Image
+        self.run = trackio.init(
+            PROJECT, name=f"{run.name}-{run.identity}", group=run.group, resume="allow", config=dict(run.settings)
+        )
+
+    def numbers(self, metrics: Mapping[str, float], step: int) -> None:
+        """See `Tracker`."""
+        self.run.log(dict(metrics), step=step)
+
+    def picture(self, pixels: np.ndarray, step: int) -> None:
+        """See `Tracker`."""
+        self.run.log({PICTURE: self.image(pixels)}, step=step)
+
+    def close(self) -> None:
+        """See `Tracker`."""
+        self.run.finish()

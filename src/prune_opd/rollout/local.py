@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prune_opd.core.ends import as_one_end, merge_ends_
 from prune_opd.core.head import OutputHead
 from prune_opd.models.causal_lm import compiled, hidden_states, output_head, use_attention
 from prune_opd.models.slot_cache import SLOT_ATTENTION, SlotCache
@@ -66,6 +67,7 @@ def decode(
     where: tuple[Tensor, Tensor],
     *,
     vocab_size: int | None,
+    ends: Sequence[int],
     temperature: float,
     top_p: float,
     top_k: int,
@@ -73,16 +75,17 @@ def decode(
     """The next token (R,) of the first R slots, written into `generation` together with the student's top-k there.
 
     It never synchronises with the host, so it compiles. last_token (R,) int64 stands at position context (R,) int64 of
-    its slot; length and rest as in `SlotCache.inputs`; where: rollout and position (R,) int64 of the new token.
+    its slot; length and rest as in `SlotCache.inputs`; where: rollout and position (R,) int64 of the new token. `ends`
+    are drawn as the ids that they are, and kept as one (core/ends.py).
     Log-probs and entropies are of temperature 1, float32, over the first `vocab_size` ids.
     """
     inputs = cache.inputs(last_token[:, None], context[:, None], length=length, rest=rest)
     hidden = hidden_states(model, inputs)
     logits = head.logits(hidden[:, -1])[:, :vocab_size]
-    ids = draw(logits, generation.uniforms[where], temperature=temperature, top_p=top_p)
+    ids = as_one_end(draw(logits, generation.uniforms[where], temperature=temperature, top_p=top_p), ends)
     generation.response_ids[where] = ids
     if generation.student is not None:
-        logprobs = logits.float().log_softmax(-1)
+        logprobs = merge_ends_(logits.float().log_softmax(-1), ends)
         best = logprobs.topk(top_k, dim=-1)
         generation.student.ids[where], generation.student.logprobs[where] = best.indices, best.values
         generation.student.entropy[where] = torch.special.entr(logprobs.exp()).sum(-1)
@@ -94,10 +97,10 @@ def decode(
 class LocalSampler(Sampler):
     """Samples from a Hugging Face causal LM in this process.
 
-    `eos_ids` end a rollout; ids from `vocab_size` on (padding rows of the embedding) are never sampled; `slots` rows
-    decode at once. `stride` decode steps run between two looks at what was sampled: a look makes an accelerator wait
-    for the host, and what a row decodes past its end before the look is thrown away. compile: the decode step runs
-    compiled (`causal_lm.compiled`).
+    `eos_ids` end a rollout, and `ends` of them count as one action; ids from `vocab_size` on (padding rows of the
+    embedding) are never sampled; `slots` rows decode at once. `stride` decode steps run between two looks at what was
+    sampled: a look makes an accelerator wait for the host, and what a row decodes past its end before the look is
+    thrown away. compile: the decode step runs compiled (`causal_lm.compiled`).
     """
 
     def __init__(
@@ -107,12 +110,13 @@ class LocalSampler(Sampler):
         pad_id: int,
         eos_ids: Sequence[int],
         vocab_size: int | None = None,
+        ends: Sequence[int] = (),
         slots: int = 64,
         stride: int | None = None,
         compile: bool = False,
     ) -> None:
         self.model, self.pad_id, self.vocab_size, self.slots = model, pad_id, vocab_size, slots
-        self.eos_ids = frozenset(eos_ids)
+        self.eos_ids, self.ends = frozenset(eos_ids), tuple(ends)
         self.stride = stride or (1 if model.device.type == "cpu" else 8)
         self.decode = compiled(decode) if compile else decode
         self.reads_halves = not (compile and model.device.type == "cpu")  # there each row is read by itself
@@ -286,6 +290,7 @@ class _Decode(Progress):
                 self.generation,
                 (self.seated, self.position),
                 vocab_size=self.sampler.vocab_size,
+                ends=self.sampler.ends,
                 **vars(self.params),
             )
             self.position, self.context = self.position + 1, self.context + 1

@@ -76,9 +76,10 @@ class ServedSampler(EngineSampler):
         eos_ids: Sequence[int],
         slots: int,
         weights_dir: Path | None = None,
+        ends: Sequence[int] = (),
         world: World = ALONE,
     ) -> None:
-        super().__init__(student, dtype=dtype, pad_id=pad_id, eos_ids=eos_ids, slots=slots, world=world)
+        super().__init__(student, dtype=dtype, pad_id=pad_id, eos_ids=eos_ids, slots=slots, ends=ends, world=world)
         self.servers, self.model = servers, model
         if weights_dir is None and world.rank == 0:
             self._temporary = tempfile.TemporaryDirectory(prefix="prune-opd-weights-")  # goes with this object
@@ -101,7 +102,7 @@ class ServedSampler(EngineSampler):
 
         Raises ServerError when requests get no usable answer, EngineError when a replica keeps other weights.
         """
-        prompts, cap, top_k = transcript.prompts, transcript.cap, params.top_k
+        prompts, cap, listed = transcript.prompts, transcript.cap, transcript.listed
 
         def ask(b: int) -> Tokens:
             # Above 0 only with a watcher, and then `look` has put the tokens into response_ids.
@@ -121,7 +122,7 @@ class ServedSampler(EngineSampler):
                 "repetition_penalty": 1.0,
                 "stop_token_ids": self.eos_ids,
                 "ignore_eos": True,  # our ids alone end a rollout
-                "logprobs": top_k or None,
+                "logprobs": listed or None,
                 "return_token_ids": True,
                 "return_tokens_as_token_ids": True,
                 "cache_salt": self.version,
@@ -130,9 +131,9 @@ class ServedSampler(EngineSampler):
                 "/v1/completions",
                 body,
                 lambda answer: parse_tokens(
-                    answer, prompt, count, self.eos_ids, top_k=top_k, vocab_size=self.vocab_size
+                    answer, prompt, count, self.eos_ids, top_k=listed, vocab_size=self.vocab_size
                 ),
-                most=answer_bytes(len(prompt) + count, top_k),
+                most=answer_bytes(len(prompt) + count, listed),
             )
 
         waiting, running = deque(range(len(prompts))), set[int]()

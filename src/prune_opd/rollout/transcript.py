@@ -8,12 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prune_opd.core.ends import as_one_end, merge_listed
 from prune_opd.rollout.base import Progress, Watcher
 from prune_opd.types import Rollouts, TopK
 
 
 class Tokens(NamedTuple):
-    """New tokens of one rollout. ids, logprobs: for each token, itself and then the K likeliest, flat; [] for K = 0."""
+    """New tokens of one rollout. ids, logprobs: for each token, itself and then its likeliest, flat; [] for K = 0."""
 
     tokens: list[int]
     ids: list[int]
@@ -23,8 +24,9 @@ class Tokens(NamedTuple):
 class Transcript(Progress):
     """One call of `sample`: B rollouts of at most T = `cap` tokens, with K = `top_k` candidates at each.
 
-    `eos_ids` end a rollout · vocab_size: ids of the student, over which the entropy is completed · device: where the
-    watcher and the caller want their tensors.
+    `eos_ids` end a rollout, `ends` of them count as one action · listed: candidates that the engine gives, enough for
+    the K likeliest once ends are merged · vocab_size: ids of the student, over which the entropy is completed ·
+    device: where the watcher and the caller want their tensors.
     """
 
     def __init__(
@@ -37,7 +39,9 @@ class Transcript(Progress):
         eos_ids: Collection[int],
         vocab_size: int,
         device: torch.device,
+        ends: Sequence[int] = (),
     ) -> None:
+        self.ends, self.listed = tuple(ends), listed_for(top_k, ends)
         self.prompts, self.cap, self.top_k = prompts, cap, top_k
         self.pad_id, self.eos_ids, self.vocab_size, self.device = pad_id, eos_ids, vocab_size, device
         batch = len(prompts)
@@ -50,7 +54,7 @@ class Transcript(Progress):
     def take(self, b: int, tokens: Sequence[int], ids: Sequence[int], logprobs: Sequence[float]) -> None:
         """Keep the new tokens of rollout b, as lists: one tensor for each token would cost more than the token.
 
-        ids, logprobs: for each token, itself and then the K likeliest, flat; not looked at where K = 0.
+        ids, logprobs: for each token, itself and then the `listed` likeliest, flat; not looked at where K = 0.
         """
         new = self.new[b]
         new.tokens.extend(tokens)
@@ -89,14 +93,27 @@ class Transcript(Progress):
         if start == end:
             return
         where = b, slice(start, end)
-        self.response_ids[where] = torch.tensor(new.tokens)
+        self.response_ids[where] = as_one_end(torch.tensor(new.tokens), self.ends)
         if self.top_k:
-            ids = torch.tensor(new.ids).view(end - start, -1)[:, : self.top_k + 1]
-            logprobs = torch.tensor(new.logprobs).view(end - start, -1)[:, : self.top_k + 1]
-            self.sampled_logprobs[where] = logprobs[:, 0]
-            self.student.ids[where], self.student.logprobs[where] = ids[:, 1:], logprobs[:, 1:]
-            self.student.entropy[where] = completed_entropy(logprobs[:, 1:], self.vocab_size)
+            ids = torch.tensor(new.ids).view(end - start, -1)[:, : self.listed + 1]
+            logprobs = torch.tensor(new.logprobs).view(end - start, -1)[:, : self.listed + 1]
+            best, at_best = merge_listed(ids[:, 1:], logprobs[:, 1:], self.ends, self.top_k)
+            self.sampled_logprobs[where] = sampled_logprobs(ids, logprobs, self.ends)
+            self.student.ids[where], self.student.logprobs[where] = best, at_best
+            self.student.entropy[where] = completed_entropy(at_best, self.vocab_size)
         self.new[b] = Tokens([], [], [])
+
+
+def listed_for(top_k: int, ends: Sequence[int]) -> int:
+    """Candidates to ask an engine for, so that `top_k` are left when `ends` are merged."""
+    return top_k + max(0, len(ends) - 1) if top_k else 0
+
+
+def sampled_logprobs(ids: Tensor, logprobs: Tensor, ends: Sequence[int]) -> Tensor:
+    """(N,) log-prob of the sampled token, the first of each row (N, 1 + L); of an end, that of all that are listed."""
+    sampled, others = ids[:, :1], ids[:, 1:]
+    counted = (as_one_end(others, ends) == as_one_end(sampled, ends)) & (others != sampled)
+    return torch.cat([logprobs[:, :1], logprobs[:, 1:].masked_fill(~counted, -torch.inf)], dim=-1).logsumexp(-1)
 
 
 def completed_entropy(logprobs: Tensor, vocab_size: int) -> Tensor:

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from prune_opd.distributed.world import ALONE, World
 from prune_opd.errors import EngineError
 from prune_opd.rollout.base import SamplingParams, Watcher
-from prune_opd.rollout.transcript import Transcript
+from prune_opd.rollout.transcript import Transcript, listed_for
 from prune_opd.rollout.weights import EngineSampler, probe_logprobs, served_weights
 from prune_opd.serving.probe import probe_ids
 
@@ -66,9 +66,10 @@ class VLLMSampler(EngineSampler):
         gpu_memory_utilization: float = 0.3,
         enable_sleep_mode: bool = True,
         trust_remote_code: bool = False,
+        ends: Sequence[int] = (),
         world: World = ALONE,
     ) -> None:
-        super().__init__(student, dtype=dtype, pad_id=pad_id, eos_ids=eos_ids, slots=slots, world=world)
+        super().__init__(student, dtype=dtype, pad_id=pad_id, eos_ids=eos_ids, slots=slots, ends=ends, world=world)
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         try:
@@ -88,7 +89,7 @@ class VLLMSampler(EngineSampler):
                     seed=seed,
                     max_model_len=max_model_len,
                     max_num_seqs=slots,
-                    max_logprobs=max(1, top_k),
+                    max_logprobs=max(1, listed_for(top_k, ends)),
                     gpu_memory_utilization=gpu_memory_utilization,
                     trust_remote_code=trust_remote_code,
                     enable_sleep_mode=self.sleeps,
@@ -174,7 +175,7 @@ class VLLMSampler(EngineSampler):
                     temperature=params.temperature,
                     top_p=params.top_p,
                     seed=int(seeds[b, 0]),
-                    logprobs=transcript.top_k or None,
+                    logprobs=transcript.listed or None,
                     stop_token_ids=self.eos_ids,
                     ignore_eos=True,  # our ids alone end a rollout, and `stop_token_ids` has them
                     detokenize=False,

@@ -63,8 +63,9 @@ def probe_logprobs(student: Any, ids: list[int]) -> Tensor:
 class EngineSampler(Sampler):
     """Hands the student's weights to the engine, then collects its answers in a `Transcript`.
 
-    dtype: the engine's type of the weights · `eos_ids` end a rollout · `slots`: rollouts that run at a time. Each rank
-    of `world` has a sampler of its own, and all ranks call `sample` equally often, with prompts or without.
+    dtype: the engine's type of the weights · `eos_ids` end a rollout, `ends` of them count as one action · `slots`:
+    rollouts that run at a time. Each rank of `world` has a sampler of its own, and all ranks call `sample` equally
+    often, with prompts or without.
     """
 
     def __init__(
@@ -75,9 +76,10 @@ class EngineSampler(Sampler):
         pad_id: int,
         eos_ids: Sequence[int],
         slots: int,
+        ends: Sequence[int] = (),
         world: World = ALONE,
     ) -> None:
-        self.world = world
+        self.world, self.ends = world, tuple(ends)
         self.student, self.pad_id, self.eos_ids, self.slots = student, pad_id, list(eos_ids), slots
         self.tolerance = PARITY[dtype]
         self.vocab_size = student.get_output_embeddings().weight.shape[0]
@@ -95,6 +97,7 @@ class EngineSampler(Sampler):
             eos_ids=self.eos_ids,
             vocab_size=self.vocab_size,
             device=self.student.device,
+            ends=self.ends,
         )
         seeds = (uniforms.cpu() * 2**53).long()
         slot_steps = self.fill(transcript, seeds, params, watcher) if transcript.cap else 0

@@ -22,9 +22,9 @@ class LocalTeacher:
     """Implements `Teacher`; the model is put into eval mode and never receives a gradient.
 
     Ids from `vocab_size` on are padding rows of one of the two embeddings: neither candidates nor part of a normaliser.
-    `token_budget` is the most tokens of one forward, as in `pack`. compile: they run compiled (`causal_lm.compiled`).
-    world: the ranks of which each holds a shard of the model, where `shard` is applied to it behind this; then all of
-    them call `score` and `before_head` equally often, and `stream` is not theirs.
+    `ends` count as one action (core/ends.py). `token_budget` is the most tokens of one forward, as in `pack`. compile:
+    they run compiled (`causal_lm.compiled`). world: the ranks of which each holds a shard of the model, where `shard`
+    is applied to it behind this; then all of them call `score` and `before_head` equally often, and none `stream`.
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class LocalTeacher:
         model: PreTrainedModel,
         *,
         vocab_size: int,
+        ends: Sequence[int] = (),
         token_budget: int | None = None,
         compile: bool = False,
         world: World = ALONE,
@@ -40,7 +41,7 @@ class LocalTeacher:
         self.packed_states = compiled(packed_states) if compile else packed_states
         self.packing = packing_of(model, compile=compile)
         self.model, self.token_budget = model.eval().requires_grad_(False), token_budget
-        self.vocab_size, self.world = vocab_size, world
+        self.vocab_size, self.ends, self.world = vocab_size, tuple(ends), world
         output_head(self.model)  # compared with the model's own logits while it can still run by itself
 
     @torch.no_grad()
@@ -86,7 +87,14 @@ class LocalTeacher:
         """Fill in the scores of tokens (rollout (N,), position (N,)), predicted by the hidden states (N, H)."""
         where = rollout, position
         asked = torch.cat([student.ids[where], response_ids[where].unsqueeze(-1)], dim=-1)
-        found = head_statistics(hidden, head, top_k=scores.topk.ids.shape[-1], ids=asked, vocab_size=self.vocab_size)
+        found = head_statistics(
+            hidden,
+            head,
+            top_k=scores.topk.ids.shape[-1],
+            ids=asked,
+            vocab_size=self.vocab_size,
+            ends=self.ends,
+        )
         scores.topk.ids[where] = found.topk_ids
         scores.topk.logprobs[where] = found.topk_logprobs
         scores.topk.entropy[where] = found.entropy

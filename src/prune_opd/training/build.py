@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import random
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prune_opd.config import Config
+from prune_opd.core.budget import TokenBudget
 from prune_opd.core.window import LengthSchedule, TrainingWindow
 from prune_opd.data.source import DatasetSource, PromptSource, held_out_prompts, training_prompts
 from prune_opd.distributed import sharding as distributed
@@ -38,6 +32,7 @@ from prune_opd.rollout.local import LocalSampler
 from prune_opd.rollout.sample import Sampled, sample_rollouts
 from prune_opd.rollout.served import ServedSampler
 from prune_opd.rollout.student_copy import StudentCopy
+from prune_opd.rollout.transcript import listed_for
 from prune_opd.rollout.vllm import VLLMSampler
 from prune_opd.serving.client import Servers
 from prune_opd.step import Run
@@ -47,6 +42,7 @@ from prune_opd.teachers.served import ServedTeacher
 from prune_opd.timing import Stopwatch
 from prune_opd.training.calibration import calibrate, calibration_text
 from prune_opd.training.checkpoint import load_weights
+from prune_opd.training.environment import seed_everything
 from prune_opd.training.files import write_json
 from prune_opd.types import Prompt, Rollouts
 from prune_opd.update.student_update import StudentUpdate
@@ -106,8 +102,15 @@ def build_parts(
     longest = max(config.rollout.max_completion_length, config.evaluation.max_tokens if problems else 0)
     max_model_len = config.data.max_prompt_length + longest
     models.check_context(student.config, config.model.model_name_or_path, max_model_len)
-    teacher, vocab_size = build_teacher(config, student, tokenizer, run_dir, device=device, world=world)
-    sampler = build_sampler(config, student, tokenizer, vocab_size=vocab_size, max_model_len=max_model_len, world=world)
+    ends = build_ends(config, student, tokenizer)
+    if ends:
+        console.print(ends_text(ends, tokenizer), highlight=False)
+    teacher, vocab_size = build_teacher(config, student, tokenizer, run_dir, device=device, ends=ends, world=world)
+    if isinstance(teacher, ServedTeacher):
+        console.print(teacher.way, highlight=False)
+    sampler = build_sampler(
+        config, student, tokenizer, vocab_size=vocab_size, max_model_len=max_model_len, ends=ends, world=world
+    )
     if config.calibrates:  # before the student is sharded; every rank measures the same
         first = [prompt.token_ids for prompt in prompts.batch(0, config.rollout.prompts_per_step)]
         assert isinstance(teacher, LocalTeacher)  # config/rules.py lets no other
@@ -122,7 +125,8 @@ def build_parts(
         output_head(student)  # compared with the model's own logits while it can still run by itself
         distributed.shard(student, bf16=config.training.bf16)
     optimizer, schedule = build_optimizer(student, config)
-    rollout_sampler, ahead = build_rollouts(config, sampler, prompts, teacher, world)
+    budget = build_budget(config)
+    rollout_sampler, ahead = build_rollouts(config, sampler, prompts, teacher, budget, world)
     run = build_run(
         config,
         student=student,
@@ -131,8 +135,10 @@ def build_parts(
         optimizer=optimizer,
         window=build_window(config),
         vocab_size=vocab_size,
+        ends=ends,
         world=world,
         ahead=ahead,
+        budget=budget,
     )
     return Parts(config, tokenizer, prompts, problems, reward, student, sampler, optimizer, schedule, calibration, run)
 
@@ -143,6 +149,26 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     tokenizer = models.load_tokenizer(names[0], config.model)
     models.check_token_maps(tokenizer, models.load_tokenizer(names[1], config.model))
     return tokenizer
+
+
+def build_ends(config: Config, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids that count as one end, by `data.end_tokens`; the student then ends a response with each of them.
+
+    They are written into its generation settings, so that they are saved with it.
+    """
+    name = config.model.teacher_model_name_or_path
+    ours = models.end_ids(student.generation_config, tokenizer)
+    theirs = models.read_end_ids(name, models.load_tokenizer(name, config.model))
+    ends = models.one_end(ours, theirs, config.data.end_tokens, tokenizer.eos_token_id)
+    if ends:
+        student.generation_config.eos_token_id = list(ends)
+    return ends
+
+
+def ends_text(ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """For the console: which ids count as one end."""
+    named = ", ".join(f"{tokenizer.convert_ids_to_tokens(end)!r} ({end})" for end in ends)
+    return f"student and teacher end with different ids; {named} count as one action (data.end_tokens)"
 
 
 def build_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptSource:
@@ -177,9 +203,12 @@ def build_reward(config: Config, tokenizer: PreTrainedTokenizerBase) -> TaskRewa
     return reward
 
 
-def prompts_of(source: PromptSource, config: Config, step: int) -> list[Prompt]:
-    """The prompt of each rollout of a step; those of one prompt stand side by side."""
-    prompts = source.batch(step, config.rollout.prompts_per_step)
+def prompts_of(source: PromptSource, config: Config, step: int, budget: TokenBudget | None) -> list[Prompt]:
+    """The prompt of each rollout of a step, the next one of the budget; those of one prompt stand side by side."""
+    if budget:
+        prompts = source.batch(step, budget.prompts, budget.first)
+    else:
+        prompts = source.batch(step, config.rollout.prompts_per_step)
     return [prompt for prompt in prompts for _ in range(config.rollout.num_generations)]
 
 
@@ -190,6 +219,7 @@ def build_sampler(
     *,
     vocab_size: int,
     max_model_len: int,
+    ends: Sequence[int] = (),
     world: World = ALONE,
 ) -> Sampler:
     """The sampler of a recipe. Raises EngineError, ModelError or ServerError when vLLM or its server cannot be used."""
@@ -204,6 +234,7 @@ def build_sampler(
             pad_id=pad_id,
             eos_ids=eos_ids,
             vocab_size=vocab_size,
+            ends=ends,
             slots=rollout.slots,
             compile=config.model.compile,
         )
@@ -225,6 +256,7 @@ def build_sampler(
             eos_ids=eos_ids,
             slots=rollout.slots,
             weights_dir=Path(asked.weights_dir).absolute() if asked.weights_dir else None,
+            ends=ends,
             world=world,
         )
         sampler.check(max_model_len)
@@ -242,6 +274,7 @@ def build_sampler(
         gpu_memory_utilization=rollout.vllm_gpu_memory_utilization,
         enable_sleep_mode=rollout.vllm_enable_sleep_mode,
         trust_remote_code=config.model.trust_remote_code,
+        ends=ends,
         world=world,
     )
 
@@ -253,6 +286,7 @@ def build_teacher(
     run_dir: Path | None,
     *,
     device: torch.device,
+    ends: Sequence[int] = (),
     world: World = ALONE,
 ) -> tuple[Teacher, int]:
     """The teacher, and how many ids it shares with the student.
@@ -273,9 +307,10 @@ def build_teacher(
         )
         models.check_context(model.config, name, longest)
         vocab_size = models.shared_vocab_size(student, model.get_output_embeddings().weight.shape[0], top_k)
+        models.check_ends(ends, vocab_size)
         if not shared:
-            return LocalTeacher(model, vocab_size=vocab_size, compile=settings.compile), vocab_size
-        local = LocalTeacher(model, vocab_size=vocab_size, world=world)
+            return LocalTeacher(model, vocab_size=vocab_size, ends=ends, compile=settings.compile), vocab_size
+        local = LocalTeacher(model, vocab_size=vocab_size, ends=ends, world=world)
         distributed.shard(model, device=device)
         return local, vocab_size
     teacher_config = read_model_config(name, settings, local_files_only=False)
@@ -285,7 +320,14 @@ def build_teacher(
             "Set model.teacher_model_name_or_path to a folder with its config.json and tokenizer"
         )
     vocab_size = models.shared_vocab_size(student, teacher_config.get_text_config().vocab_size, top_k)
+    models.check_ends(ends, vocab_size)
     served = settings.teacher_server
+    if served.top_logprobs < (listed := listed_for(top_k, ends)):
+        raise ModelError(
+            f"model.teacher_server.top_logprobs = {served.top_logprobs} is too few: {len(ends)} ids that end a "
+            f"response count as one, so {listed} are needed for the {top_k} likeliest; raise it, and the servers' "
+            "--max-logprobs"
+        )
     servers = Servers(
         settings.teacher_model_server_url,
         timeout=served.timeout,
@@ -293,7 +335,11 @@ def build_teacher(
         concurrency=served.concurrency,
     )
     teacher = ServedTeacher(
-        servers, model=served.model or name, vocab_size=vocab_size, top_logprobs=min(served.top_logprobs, vocab_size)
+        servers,
+        model=served.model or name,
+        vocab_size=vocab_size,
+        top_logprobs=min(served.top_logprobs, vocab_size),
+        ends=ends,
     )
     probe = run_dir / TEACHER_PROBE if run_dir else None
     known = read_object(probe, TeacherProbe, CheckpointError)["logprobs"] if probe and probe.exists() else None
@@ -314,6 +360,14 @@ def build_window(config: Config) -> TrainingWindow | LengthSchedule | None:
     if not config.window_is_dynamic:
         return None
     return TrainingWindow(**config.pruning.dynamic_response_length.model_dump(exclude={"enable"}))
+
+
+def build_budget(config: Config) -> TokenBudget | None:
+    """What sets the number of prompts of each step; None when it is fixed."""
+    rollout = config.rollout
+    if rollout.token_budget is None:
+        return None
+    return TokenBudget(rollout.token_budget, prompts=rollout.prompts_per_step, num_generations=rollout.num_generations)
 
 
 def build_optimizer(
@@ -340,28 +394,13 @@ def build_optimizer(
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def seed_everything(seed: int) -> None:
-    """Seed the generators that libraries draw from; sampling has its own numbers (`rollout_uniforms`)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a number depends on besides the recipe."""
-    return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": str(device),
-        **{name: version(name) for name in ("prune-opd", "torch", "transformers", "tokenizers", "safetensors")},
-    }
-
-
 def build_rollouts(
-    config: Config, sampler: Sampler, prompts: PromptSource, teacher: Teacher, world: World
+    config: Config,
+    sampler: Sampler,
+    prompts: PromptSource,
+    teacher: Teacher,
+    budget: TokenBudget | None,
+    world: World,
 ) -> tuple[Sampler, RolloutsAhead | None]:
     """What samples the rollouts of a step: `sampler`, or a copy of the student in another type or a step ahead."""
     if not config.samples_from_copy:
@@ -373,7 +412,7 @@ def build_rollouts(
         return student_copy, None
 
     def sample(step: int, max_length: int, sampler: LocalSampler) -> Sampled:
-        token_ids = [prompt.token_ids for prompt in prompts_of(prompts, config, step)]
+        token_ids = [prompt.token_ids for prompt in prompts_of(prompts, config, step, budget)]
         watch = Stopwatch(sampler.model.device)  # its seconds are not time that the step waited
         return sample_rollouts(step, token_ids, max_length, sampler, teacher, config, watch, world)
 
@@ -389,11 +428,13 @@ def build_run(
     optimizer: torch.optim.Optimizer,
     window: TrainingWindow | LengthSchedule | None,
     vocab_size: int,
+    ends: Sequence[int] = (),
     world: World = ALONE,
     ahead: RolloutsAhead | None = None,
+    budget: TokenBudget | None = None,
 ) -> Run:
-    """What the step works with. vocab_size: ids that student and teacher share."""
+    """What the step works with. vocab_size: ids that student and teacher share; `ends` of them count as one action."""
     update = StudentUpdate(
-        config, student=student, teacher=teacher, optimizer=optimizer, vocab_size=vocab_size, world=world
+        config, student=student, teacher=teacher, optimizer=optimizer, vocab_size=vocab_size, ends=ends, world=world
     )
-    return Run(config, sampler, teacher, token_weights(config, world), window, update, world, ahead)
+    return Run(config, sampler, teacher, token_weights(config, world), window, update, world, ahead, budget)

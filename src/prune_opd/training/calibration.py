@@ -83,19 +83,26 @@ def teacher_written(
     sampler = LocalSampler(
         teacher.model,
         pad_id=tokenizer.pad_token_id,
-        eos_ids=end_ids(teacher.model.generation_config, tokenizer),
+        eos_ids=teacher.ends or end_ids(teacher.model.generation_config, tokenizer),
         vocab_size=teacher.vocab_size,
+        ends=teacher.ends,
         slots=config.rollout.slots,
     )
     rollouts = sampler.sample(prompts, _uniforms(config, prompts), top_k=config.objective.top_k)
     assert rollouts.student is not None  # whoever samples keeps its candidates there; here it is the teacher
-    seen = candidates_along(student, rollouts, config.objective.top_k, teacher.vocab_size)
+    seen = candidates_along(student, rollouts, config.objective.top_k, teacher.vocab_size, ends=teacher.ends)
     return Written(rollouts, seen, rollouts.student)
 
 
 @torch.no_grad()
 def candidates_along(
-    model: Any, rollouts: Rollouts, top_k: int, vocab_size: int, token_budget: int | None = None
+    model: Any,
+    rollouts: Rollouts,
+    top_k: int,
+    vocab_size: int,
+    token_budget: int | None = None,
+    *,
+    ends: Sequence[int] = (),
 ) -> TopK:
     """The K likeliest tokens of `model` at every position of responses that something else wrote."""
     batch, length = rollouts.response_ids.shape
@@ -105,7 +112,7 @@ def candidates_along(
     for part in pack(rollouts, token_budget, **packing_of(model)):
         with use_packed_attention(model):
             hidden = packed_states(model, part)[part.row, part.column]
-        statistics = head_statistics(hidden, head, top_k=top_k, vocab_size=vocab_size)
+        statistics = head_statistics(hidden, head, top_k=top_k, vocab_size=vocab_size, ends=ends)
         where = part.rollout, part.position
         found.ids[where], found.logprobs[where] = statistics.topk_ids, statistics.topk_logprobs
         found.entropy[where] = statistics.entropy

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from prune_opd.config import Config
+from prune_opd.core.budget import TokenBudget
 from prune_opd.core.window import LengthSchedule, TrainingWindow
 from prune_opd.distributed import sharding as distributed
 from prune_opd.distributed.world import ALONE, World
@@ -103,6 +104,7 @@ class TrainerState(_Strict):
     step: NonNegativeInt
     schedule: dict[str, Any]
     window: dict[str, int] | None
+    budget: dict[str, int] | None = None
     totals: Totals
     config: dict[str, Any]
     unlogged: dict[str, Any] | None
@@ -117,6 +119,7 @@ def save_checkpoint(
     optimizer: Optimizer,
     schedule: LRScheduler,
     window: TrainingWindow | LengthSchedule | None,
+    budget: TokenBudget | None,
     totals: Totals,
     config: Config,
     unlogged: dict[str, Any] | None = None,
@@ -137,6 +140,7 @@ def save_checkpoint(
         step=step,
         schedule=schedule.state_dict(),
         window=window.state_dict() if window else None,
+        budget=budget.state_dict() if budget else None,
         totals=totals,
         config=config.model_dump(),
         unlogged=unlogged,
@@ -234,6 +238,7 @@ def load_training_state(
     optimizer: Optimizer,
     schedule: LRScheduler,
     window: TrainingWindow | LengthSchedule | None,
+    budget: TokenBudget | None,
 ) -> TrainerState:
     """Put back everything else, after `load_weights`; returns what was saved. CheckpointError when it does not fit.
 
@@ -250,6 +255,8 @@ def load_training_state(
             group["lr"] = rate
         if window is not None and state.window is not None:
             window.load_state_dict(state.window)
+        if budget is not None:  # without a state, it was set after the steps so far
+            budget.load_state_dict(state.budget or {"prompts": budget.prompts, "first": state.step * budget.prompts})
         torch.set_rng_state(random_state["cpu"])
         if "accelerator" in random_state and torch.accelerator.is_available():
             torch.get_device_module().set_rng_state(random_state["accelerator"])

@@ -17,7 +17,7 @@ from prune_opd.errors import CheckpointError, RunDirectoryError
 from prune_opd.reporting.model_card import model_card
 from prune_opd.reporting.records import Settings, read_object
 from prune_opd.teachers.base import Teacher
-from prune_opd.training.build import Parts, environment, remember_teacher
+from prune_opd.training.build import Parts, remember_teacher
 from prune_opd.training.calibration import CALIBRATION
 from prune_opd.training.checkpoint import (
     Totals,
@@ -30,6 +30,7 @@ from prune_opd.training.checkpoint import (
     save_checkpoint,
     tidy,
 )
+from prune_opd.training.environment import environment
 from prune_opd.training.files import check_room, log_end, storage_errors, sync, write_json
 
 FIRST_FILES = {CALIBRATION, f".{CALIBRATION}.partial", ".config.json.partial"}  # that come before config.json
@@ -157,6 +158,7 @@ class RunDirectory:
             optimizer=parts.optimizer,
             schedule=parts.schedule,
             window=parts.run.window,
+            budget=parts.run.budget,
             totals=totals,
             config=parts.config,
             unlogged=unlogged,

@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from prune_opd.config import Config
 from prune_opd.distributed.merging import Share
 from prune_opd.reporting.drift_log import drift_record, drift_share
+from prune_opd.reporting.pictures import run_picture
 from prune_opd.reporting.rollout_log import rollout_record
 from prune_opd.reporting.run_logs import read_metrics, trained
-from prune_opd.reporting.trackers import Log, start_trackers
+from prune_opd.reporting.trackers import Tracker, start_trackers
 from prune_opd.step import StepResult
 from prune_opd.training.files import append_json
 from prune_opd.types import Prompt
@@ -24,11 +25,19 @@ class RunLog:
 
     def __init__(self, run_dir: Path, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         self.run_dir, self.config, self.tokenizer = run_dir, config, tokenizer
-        self.trackers: list[Log] = []
+        self.trackers: list[Tracker] = []
 
     def start(self) -> None:
         """Start the trackers that `tracking.report_to` names."""
-        self.trackers = start_trackers(self.config.tracking.report_to, self.run_dir, self.config.model_dump())
+        done = self.steps()[-1:]
+        next_step = done[0]["step"] + 1 if done else 0
+        self.trackers = start_trackers(self.config.tracking, self.run_dir, self.config.model_dump(), next_step)
+
+    def close(self) -> None:
+        """End the trackers: another run of this process begins its own."""
+        for tracker in self.trackers:
+            tracker.close()
+        self.trackers = []
 
     def steps(self) -> list[dict[str, Any]]:
         """The records of the steps that are logged already."""
@@ -38,8 +47,13 @@ class RunLog:
         """Log the record of a step."""
         append_json(self.run_dir / "metrics.jsonl", record)
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
-        for log in self.trackers:
-            log(numbers, record["step"])
+        for tracker in self.trackers:
+            tracker.numbers(numbers, record["step"])
+        last = record["step"] == self.config.training.steps
+        if self.trackers and trained(record) and (last or record["step"] % self.config.tracking.report_every == 0):
+            pixels = run_picture(self.steps())
+            for tracker in self.trackers:
+                tracker.picture(pixels, record["step"])
 
     def share(self, prompts: Sequence[Prompt], result: StepResult) -> Share:
         """What `rollouts` writes of this rank's rollouts. prompts: of each of the step's rollouts."""

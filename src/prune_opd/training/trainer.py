@@ -20,6 +20,7 @@ from prune_opd.distributed.world import ALONE, World
 from prune_opd.errors import ConfigError, NonFiniteError, RunInterrupted, ServerError
 from prune_opd.reporting.console import step_view
 from prune_opd.reporting.metrics import metrics_of, step_share
+from prune_opd.reporting.saturation import saturated
 from prune_opd.step import prune_opd_step
 from prune_opd.training.build import build_parts, prompts_of
 from prune_opd.training.calibration import with_known_threshold
@@ -71,6 +72,7 @@ class Trainer:
                 optimizer=parts.optimizer,
                 schedule=parts.schedule,
                 window=self.run.window,
+                budget=self.run.budget,
             )
             self.steps_done, self.totals, self.unlogged = state.step, state.totals, state.unlogged
             steps = config.training.steps
@@ -121,6 +123,7 @@ class Trainer:
                 self._steps(signals)
             finally:
                 gc.unfreeze()
+                self.log.close()
         return self.totals
 
     def close(self) -> None:
@@ -130,7 +133,8 @@ class Trainer:
     def _steps(self, signals: StopSignals) -> None:
         """The loop: a step, its log or evaluation, a checkpoint where one is due."""
         training = self.config.training
-        with step_view(self.console, self.log.steps()) as show:
+        records = self.log.steps()
+        with step_view(self.console, records) as show:
             for step in range(self.steps_done, training.steps):
                 done, last = step + 1, step + 1 == training.steps
                 try:
@@ -139,6 +143,9 @@ class Trainer:
                     self._stop_for_server(step, error)
                 if self.world.rank == 0 and "skipped" not in record:
                     show(record)
+                    records.append(record)
+                    if (said := saturated(records)) and not saturated(records[:-1]):
+                        self._note(f"  {said}")
                 self.steps_done = done
                 if self.held_out.due(done, last=last):
                     self._evaluate_and_log(record, signals)
@@ -153,7 +160,7 @@ class Trainer:
     def _step(self, step: int) -> dict[str, Any]:
         """One step of the method; its record for metrics.jsonl."""
         began, processor_began, totals = time.perf_counter(), time.process_time(), self.totals
-        prompts = prompts_of(self.parts.prompts, self.config, step)
+        prompts = prompts_of(self.parts.prompts, self.config, step, self.run.budget)
         try:
             reward = functools.partial(self.parts.reward, prompts) if self.parts.reward else None
             result = prune_opd_step(self.run, step, [prompt.token_ids for prompt in prompts], reward)
@@ -188,6 +195,8 @@ class Trainer:
     def _skip(self, step: int, prompts: Sequence[Prompt], error: NonFiniteError, began: float) -> dict[str, Any]:
         """The record of a step that met NaN: nothing was learnt from it. Raises NonFiniteError after too many."""
         self.faults.skip(step + 1, prompts, error)
+        if self.run.budget:
+            self.run.budget.skip()
         self.parts.optimizer.zero_grad(set_to_none=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch misses the optimiser's step, which was left out on purpose
@@ -260,7 +269,7 @@ class Trainer:
 
     def _show_example(self) -> None:
         prompts, tokenizer = self.parts.prompts, self.parts.tokenizer
-        prompt = prompts_of(prompts, self.config, self.steps_done)[0]
+        prompt = prompts_of(prompts, self.config, self.steps_done, self.run.budget)[0]
         self.console.print(
             f"first prompt ({len(prompt.token_ids)} tokens, {prompt.source}), as the model sees it:", style="dim"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prune_opd.config import ObjectiveSection
+from prune_opd.core.ends import merge_asked, with_ends
 from prune_opd.core.head import OutputHead, candidate_logprobs, over_vocabulary
 from prune_opd.core.objective import (
     LossSums,
@@ -48,11 +50,13 @@ def student_terms(
     objective: ObjectiveSection,
     *,
     vocab_size: int,
+    ends: Sequence[int] = (),
     liger: bool = False,
 ) -> StudentTerms:
     """Of hidden states (N, H) at the kept tokens of a micro-batch, without ever holding an (N, V) tensor.
 
-    liger: the candidates' log-probs by Liger's kernel (models/liger_head.py).
+    ends: ids that count as one action, here and in the teacher's scores (core/ends.py) · liger: the candidates'
+    log-probs by Liger's kernel (models/liger_head.py).
     """
     where = part.rollout, part.position
     sampled = rollouts.response_ids[where].unsqueeze(-1)
@@ -63,6 +67,7 @@ def student_terms(
             teacher.before_head(part),
             sampled,
             vocab_size=vocab_size,
+            ends=ends,
         )
         return StudentTerms(divergences, None, at_sampled.squeeze(-1))
     assert rollouts.student is not None  # of no use to sampled_token, and free beside a pass over the vocabulary
@@ -71,9 +76,9 @@ def student_terms(
     if liger:
         from prune_opd.models.liger_head import liger_logprobs  # Liger is an extra, which few have installed
 
-        logprobs = liger_logprobs(hidden, head, ids, vocab_size=vocab_size)
+        logprobs = merge_asked(liger_logprobs(hidden, head, with_ends(ids, ends), vocab_size=vocab_size), ids, ends)
     else:
-        logprobs = candidate_logprobs(hidden, head, ids, vocab_size=vocab_size)
+        logprobs = candidate_logprobs(hidden, head, ids, vocab_size=vocab_size, ends=ends)
     return StudentTerms(logprobs[:, :-1], counted[0], logprobs[:, -1])
 
 

@@ -40,7 +40,8 @@ class UpdateResult:
 class StudentUpdate:
     """One optimiser step on weighed rollouts. Built once: it knows how this student is fed, compiled or not.
 
-    vocab_size: ids that student and teacher share. The teacher is asked only by losses over the whole vocabulary.
+    vocab_size: ids that student and teacher share · ends: those that count as one action (core/ends.py). The teacher is
+    asked only by losses over the whole vocabulary.
     """
 
     def __init__(
@@ -52,9 +53,10 @@ class StudentUpdate:
         optimizer: Optimizer,
         vocab_size: int,
         world: World,
+        ends: Sequence[int] = (),
     ) -> None:
         self.config, self.student, self.teacher, self.optimizer = config, student, teacher, optimizer
-        self.vocab_size, self.world = vocab_size, world
+        self.vocab_size, self.ends, self.world = vocab_size, tuple(ends), world
         self.device = next(student.parameters()).device
         compile, self.bf16 = config.model.compile, config.training.bf16
         self.states = compiled(packed_states) if compile else packed_states
@@ -95,6 +97,7 @@ class StudentUpdate:
                     self.teacher,
                     config.objective,
                     vocab_size=self.vocab_size,
+                    ends=self.ends,
                     liger=config.model.liger_head,
                 )
                 part_weight, part_advantage = weight, advantage

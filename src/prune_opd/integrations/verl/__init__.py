@@ -18,9 +18,10 @@ What differs from step.py, and why:
   * verl's teacher returns its K' most likely tokens (`distillation_loss.topk`) and nothing else. For candidates of the
     student outside of them log q is unknown; its upper bound is used (`logprobs_at`). With K' = vocabulary it is exact.
   * verl's own actor computes no student top-k: its top-k loss is forward KL over the teacher's. `prune_opd` therefore
-    runs on `PruneActorWorker`, which computes the paper's reverse KL. `prune_opd_forward_kl` is verl's loss on verl's
-    actor with our weights: another objective than the paper's.
-  * S_t comes from the logits of the update, not from sampling: the same weights, but another kernel and dtype.
+    runs on `PruneActorWorker`, which computes the paper's reverse KL. `prune_opd_forward_kl` is verl's loss with our
+    weights: another objective than the paper's.
+  * S_t comes from the logits of the update, not from sampling: the same weights, but another kernel and dtype. Both
+    models are compared at temperature 1, whatever the rollouts were sampled at.
   * verl's server returns no student top-k while it generates, so a stop by overlap scores the prefix again by
     `prompt_logprobs`, for student and teacher alike. `teacher_top_p_accept` needs the teacher only.
 """

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import zlib
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 from uuid import uuid4
 
@@ -13,20 +14,25 @@ import ray
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
-from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput, register
-from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
-from verl.trainer.ppo.v1 import AgentLoopManagerTQ, AgentLoopWorkerTQ
-from verl.utils.profiler import simple_timer
 
 from prune_opd.errors import ConfigError
 from prune_opd.integrations.verl.settings import MAX_TOKENS, recipe_of
+from prune_opd.integrations.verl.surface import (
+    AgentLoopManagerTQ,
+    AgentLoopMetrics,
+    AgentLoopOutput,
+    AgentLoopWorkerTQ,
+    SingleTurnAgentLoop,
+    register_agent_loop,
+    simple_timer,
+)
 from prune_opd.models.loading import end_ids
 from prune_opd.rollout.in_flight import InFlightStop
 from prune_opd.timing import Stopwatch
 from prune_opd.types import Span, TeacherScores, TopK
 
 
-@register("prune_opd")
+@register_agent_loop("prune_opd")
 class PruneAgentLoop(SingleTurnAgentLoop):
     """One answer of at most M tokens, where M comes with each training prompt; validation runs to `response_length`.
 
@@ -162,11 +168,25 @@ def _end_ids(model_path: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[i
 
 
 class PruneAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):  # the class that verl made an actor of
-    """verl's worker, whose agent loops reach the teacher, and which scores nothing twice."""
+    """verl's worker, whose agent loops reach the teacher, which scores nothing twice, and which says why it failed."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.llm_client.teacher = self.teacher_server_manager
+        self.errors: list[str] = []
+
+    async def failures(self) -> list[str]:
+        """What went wrong with each training rollout that failed; verl logs it here, and tells the trainer nothing."""
+        return self.errors
+
+    async def _run_agent_loop(self, sampling_params: Any, trajectory: dict[str, Any], **kwargs: Any) -> Any:
+        try:
+            return await super()._run_agent_loop(sampling_params, trajectory, **kwargs)
+        except Exception as error:
+            if not trajectory["validate"]:
+                cause = getattr(error, "cause", None) or error  # Ray wraps what a server raised, with its traceback
+                self.errors.append(f"{type(cause).__name__}: {cause}")
+            raise
 
     async def _compute_teacher_logprobs(self, output: AgentLoopOutput, *args: Any, **kwargs: Any) -> None:
         if "teacher_ids" not in output.extra_fields:
@@ -174,8 +194,12 @@ class PruneAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):  
 
 
 class PruneAgentLoopManager(AgentLoopManagerTQ):
-    """Starts `PruneAgentLoopWorker`s; `actor_rollout_ref.rollout.agent.agent_loop_manager_class` names it."""
+    """Starts `PruneAgentLoopWorker`s; the trainer sets it in verl's configuration."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.agent_loop_workers_class = ray.remote(PruneAgentLoopWorker)
+
+    def failures(self) -> list[str]:
+        """What went wrong with each training rollout that failed, of all workers."""
+        return list(chain.from_iterable(ray.get([worker.failures.remote() for worker in self.agent_loop_workers])))

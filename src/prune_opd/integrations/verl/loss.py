@@ -10,23 +10,27 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from verl.single_controller.base.decorator import Dispatch
-from verl.single_controller.base.decorator import register as register_dispatch
-from verl.trainer.distillation.losses import (
-    DistillationLossSettings,
-    compute_forward_kl_topk,
-    register_distillation_loss,
-)
-from verl.utils.metric import AggregationType, Metric
-from verl.utils.ulysses import get_ulysses_sequence_parallel_world_size, slice_input_tensor
-from verl.workers.engine_workers import ActorRolloutRefWorker
-from verl.workers.utils.padding import no_padding_2_padding
 
 from prune_opd.config import RepetitionSection
 from prune_opd.core.drift import drift_report, repetition_events
 from prune_opd.core.objective import topk_reverse_kl_terms
 from prune_opd.errors import EngineError, NonFiniteError
 from prune_opd.integrations.verl.settings import FORWARD_KL, REVERSE_KL, settings_of
+from prune_opd.integrations.verl.surface import (
+    ActorRolloutRefWorker,
+    AggregationType,
+    Dispatch,
+    DistillationLossSettings,
+    Metric,
+    compute_forward_kl_topk,
+    get_ulysses_sequence_parallel_world_size,
+    make_nd_compute_dataproto_dispatch_fn,
+    no_padding_2_padding,
+    register_dispatch,
+    register_distillation_loss,
+    slice_input_tensor,
+    tensordict_utils,
+)
 from prune_opd.rollout.events import drift_events
 from prune_opd.types import TopK
 
@@ -49,13 +53,14 @@ def logprobs_at(ids: Tensor, known_ids: Tensor, known_logprobs: Tensor) -> Tenso
 def student_topk_outputs(student_logits: Tensor, data: TensorDict) -> dict[str, Tensor]:
     """The paper's objective and its drift events for every position of a packed micro-batch, before weights.
 
-    student_logits (1, N, V), this sequence-parallel rank's part, already divided by the temperature · data: verl's
-    micro-batch with nested input_ids (B, j), teacher_ids and teacher_logprobs (B, j, K'). Position i of all of them
-    predicts token i + 1. Returns (1, N) each: `prune_opd_terms` with gradient, `prune_opd_events` (1 where an event),
+    student_logits (1, N, V), this sequence-parallel rank's part, at temperature 1 · data: verl's micro-batch with
+    nested input_ids (B, j), teacher_ids and teacher_logprobs (B, j, K'). Position i of all of them predicts token
+    i + 1. Returns (1, N) each: `prune_opd_terms` with gradient, `prune_opd_events` (1 where an event),
     `overlap_count`, `student_mass` on S_t, `teacher_mass` on T_t, `prune_opd_covered`: share of the student mass on S_t
     whose log q is exact.
     """
-    objective, pruning, _ = settings_of(data)
+    sent = settings_of(data)
+    objective, pruning = sent.objective, sent.pruning
     sampled = data["input_ids"].values().roll(-1).unsqueeze(0)
     teacher_ids = data["teacher_ids"].values().unsqueeze(0).long()
     teacher_logprobs = data["teacher_logprobs"].values().unsqueeze(0).float()
@@ -118,14 +123,23 @@ def _actor_loss(
 
 
 class PruneActorWorker(ActorRolloutRefWorker):
-    """verl's worker, whose actor looks at the student's top-k instead of the teacher's."""
+    """verl's worker, trained at temperature 1, whose actor looks at the student's top-k unless it does forward KL."""
 
     @register_dispatch(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
         """See `ActorRolloutRefWorker.init_model`."""
         super().init_model()
-        if "actor" in self.role:
+        if "actor" in self.role and self.distillation_config.distillation_loss.loss_mode == REVERSE_KL:
             self.actor.set_loss_fn(functools.partial(_actor_loss, self.loss_fn))
+
+    @register_dispatch(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
+    def update_actor(self, data: TensorDict) -> TensorDict:
+        """See `ActorRolloutRefWorker.update_actor`, which would divide the logits by the temperature of sampling.
+
+        The teacher's log q is at temperature 1, and so is p in the objective, whatever the rollouts were sampled at.
+        """
+        tensordict_utils.assign_non_tensor_data(data, "temperature", 1.0)
+        return super().update_actor(data)
 
 
 @register_distillation_loss(DistillationLossSettings(names=[REVERSE_KL, FORWARD_KL], use_topk=True))
@@ -138,7 +152,8 @@ def prune_opd_loss(
     prune_opd_forward_kl: w_t Σ_v q (log q - log p) over the teacher's top-k, verl's own, floored at 0 as verl does.
     Raises EngineError when trainer or actor are not ours, NonFiniteError before anything is backpropagated.
     """
-    objective, pruning, hit_length = settings_of(data)
+    sent = settings_of(data)
+    objective, pruning = sent.objective, sent.pruning
     mask = _padded(data["response_mask"]).bool()
     metrics: dict[str, Any] = {}
     if distillation_config.distillation_loss.loss_mode == FORWARD_KL:
@@ -174,10 +189,17 @@ def prune_opd_loss(
     drift = drift_report(events, mask, w_drop=pruning.w_drop, w_base=pruning.w_base, eps=pruning.positive_eps)
     weight = drift.weight if pruning.enable and pruning.reweight else mask.float()
     # One number a rollout: verl joins the lists of all ranks and takes min or max if the name says so, else the mean.
-    effective = drift.effective_length[mask.any(-1)].tolist()  # rows without a token are verl's padding
+    there = mask.any(-1)  # rows without a token are verl's padding
+    effective = drift.effective_length[there].tolist()
     metrics |= {f"prune_opd/effective_response_length_{name}": effective for name in ("mean", "max", "min")}
-    if hit_length is not None:
-        metrics["prune_opd/effective_response_length_hit_ratio"] = [float(length >= hit_length) for length in effective]
+    if sent.hit_length is not None:
+        hits = [float(length >= sent.hit_length) for length in effective]
+        metrics["prune_opd/effective_response_length_hit_ratio"] = hits
+    if sent.teachers:  # by number: a teacher's name may have `min` or `max` in it
+        asked = tensordict_utils.get(data, sent.teacher_key)
+        for row, length in zip(there.nonzero().flatten().tolist(), effective, strict=True):
+            name = f"prune_opd/effective_response_length_mean/{sent.teachers.index(asked[row])}"
+            metrics.setdefault(name, []).append(length)
     metrics["prune_opd/loss_weight_mean"] = _token_mean(weight, mask, data)
     return terms * weight, metrics
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from pydantic import BaseModel
 from tensordict import TensorDict
-from verl.utils import tensordict_utils
 
 from prune_opd.config import Config, ObjectiveSection, PruningSection, parse_config
 from prune_opd.core.window import LengthSchedule, TrainingWindow
 from prune_opd.errors import ConfigError, EngineError
+from prune_opd.integrations.verl.surface import tensordict_utils
 
 REVERSE_KL, FORWARD_KL = "prune_opd", "prune_opd_forward_kl"
 SETTINGS, MAX_TOKENS = "prune_opd_settings", "prune_opd_max_tokens"
 WHERE = "actor_rollout_ref.rollout.custom.prune_opd"
+AGENT_LOOP_MANAGER = f"{__package__}.PruneAgentLoopManager"
 
 
 def recipe_of(config: DictConfig) -> Config:
@@ -84,41 +86,63 @@ def _requirements(config: DictConfig, recipe: Config) -> list[tuple[str, tuple[A
         ("actor_rollout_ref.actor.ppo_epochs", (1,), "one optimiser step a batch keeps it on-policy"),
         ("actor_rollout_ref.actor.ppo_mini_batch_size", (config.data.train_batch_size,), "as above"),
         ("actor_rollout_ref.model.use_fused_kernels", (False,), "fused kernels return no logits"),
+        ("algorithm.rollout_correction.rollout_rs", (None,), "it takes tokens out of the middle of responses"),
+        ("algorithm.filter_groups.enable", (None, False), "it drops prompts by the task's reward"),
         (f"{rollout}.agent.default_agent_loop", ("prune_opd",), "another agent loop does not know the window"),
+        (f"{rollout}.agent.agent_loop_manager_class", (None, AGENT_LOOP_MANAGER), "the trainer sets its own"),
     ]
+    if config.distillation.distillation_loss.loss_mode == REVERSE_KL:
+        needed.append((f"{loss}.log_prob_min_clamp", (None,), "this loss clamps nothing"))
     if recipe.stops_in_flight:
-        manager = f"{__package__}.PruneAgentLoopManager"
-        needed += [
-            (f"{rollout}.agent.agent_loop_manager_class", (manager,), "in_flight needs the teacher in the agent loop"),
-            (f"{rollout}.full_determinism", (False,), "one seed for every chunk would repeat its random numbers"),
-        ]
+        why = "one seed for every chunk would repeat its random numbers"
+        needed.append((f"{rollout}.full_determinism", (False,), why))
         if recipe.pruning.metric != "teacher_top_p_accept":
             needed.append((f"{rollout}.name", ("vllm",), "the student's server must give its top-k"))
     return needed
 
 
-def batch_settings(recipe: Config, window: TrainingWindow | LengthSchedule | None) -> str:
-    """The settings that the actors need, as one string, which verl passes on with the batch unchanged."""
-    return json.dumps(
-        {
-            "objective": recipe.objective.model_dump(),
-            "pruning": recipe.pruning.model_dump(),
-            "hit_length": window.hit_length if window else None,
-        }
-    )
+def teachers_of(config: DictConfig) -> list[str]:
+    """Routing keys of the teachers where there are several, in the order of the configuration; else none."""
+    teachers = config.distillation.teacher_models
+    named = [str(teacher.key) for name, teacher in teachers.items() if name != "teacher_model"]
+    return named if len(named) > 1 else []
 
 
-def settings_of(data: TensorDict) -> tuple[ObjectiveSection, PruningSection, int | None]:
-    """Objective, pruning and hit length out of a batch; EngineError when another trainer sent it."""
+class BatchSettings(BaseModel):
+    """What the actors must know of a step. hit_length: effective length of a hit, None without a window ·
+    teachers: as `teachers_of`, and `teacher_key` the column of the data that names one of them.
+    """
+
+    objective: ObjectiveSection
+    pruning: PruningSection
+    hit_length: int | None = None
+    teacher_key: str = ""
+    teachers: list[str] = []
+
+
+def batch_settings(
+    recipe: Config,
+    window: TrainingWindow | LengthSchedule | None,
+    teacher_key: str = "",
+    teachers: Sequence[str] = (),
+) -> str:
+    """`BatchSettings` as one string, which verl passes on with the batch unchanged."""
+    return BatchSettings(
+        objective=recipe.objective,
+        pruning=recipe.pruning,
+        hit_length=window.hit_length if window else None,
+        teacher_key=teacher_key,
+        teachers=list(teachers),
+    ).model_dump_json()
+
+
+def settings_of(data: TensorDict) -> BatchSettings:
+    """What `batch_settings` sent with a batch; EngineError when another trainer sent it."""
     sent = tensordict_utils.get_non_tensor_data(data=data, key=SETTINGS, default=None)
     if sent is None:
         raise EngineError(
-            "the batch came to the actor without Prune-OPD's settings, so another trainer sent it; "
-            "set trainer.v1.trainer_mode=prune_opd"
+            "the batch came to the actor without Prune-OPD's settings, so another trainer sent it; set "
+            "trainer.v1.trainer_mode=prune_opd. verl's asynchronous trainers are not supported: their rollouts come "
+            "from older weights, under which neither events nor effective lengths are those of the student they steer"
         )
-    found = json.loads(sent)
-    return (
-        ObjectiveSection.model_validate(found["objective"]),
-        PruningSection.model_validate(found["pruning"]),
-        found["hit_length"],
-    )
+    return BatchSettings.model_validate_json(sent)

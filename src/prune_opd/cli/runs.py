@@ -1,41 +1,21 @@
-"""The command line. Heavy imports happen inside the commands, so that --help answers at once."""
+"""The commands that take a recipe or a run: train, doctor, compare, eval, report, replay."""
 
 from __future__ import annotations
 
 import re
-import sys
-import time
-import warnings
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 
-from prune_opd.config import Config, EvaluationSection, load_config, placed
+from prune_opd.cli.app import OutputDir, Quiet, Recipe, Settings, app, console, default_output_dir, read_recipe, say
+from prune_opd.config import Config, EvaluationSection
 from prune_opd.config.values import MOST
-from prune_opd.errors import ConfigError, PruneOPDError, RunInterrupted
+from prune_opd.errors import ConfigError
 
 if TYPE_CHECKING:
     from prune_opd.preflight.doctor import Finding
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    help="On-policy distillation that stops learning from rollouts once they drift from the teacher.",
-)
-console = Console()
-
-Recipe = Annotated[Path, typer.Argument(help="A recipe (TOML), for example recipes/quickstart.toml.")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but warnings and errors.")]
-OutputDir = Annotated[Path | None, typer.Option(help="Run directory; must be new. Default: runs/RECIPE-TIME.")]
 
 
 @app.command(
@@ -68,7 +48,7 @@ def train(
 ) -> None:
     """Train the student of RECIPE."""
     console.quiet = quiet
-    with _recipe(recipe, set_) as config:
+    with read_recipe(recipe, set_) as config:
         if dry_run:
             from prune_opd.preflight.plan import describe_plan
             from prune_opd.preflight.topology import GPUs, parse_memory
@@ -104,15 +84,24 @@ def _train(config: Config, recipe: Path, output_dir: Path | None, resume: str, p
             world.gather(None)  # the ranks are done with one another
     if world.rank > 0:
         return
-    _say(
+    say(
         f"trained in {totals.train_seconds:.0f} s on {totals.student_tokens:,} tokens; evaluation took "
         f"{totals.eval_seconds:.0f} s. Run directory: {trainer.run_dir}"
     )
-    _say(f"report: {write_report([trainer.run_dir])}")
+    say(f"report: {write_report([trainer.run_dir])}")
     if push_to_hub:
         checkpoint, _ = latest_checkpoint(trainer.run_dir / "checkpoints")  # reads every byte of it
         if checkpoint:
-            _say(f"uploaded {checkpoint} to {push(checkpoint, push_to_hub)}")
+            say(f"uploaded {checkpoint} to {push(checkpoint, push_to_hub)}")
+
+
+MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]look[/]", "failed": "[red]FAILED[/]", "skipped": "[dim]skipped[/]"}
+
+
+def tell(finding: Finding) -> None:
+    """Print what a check of doctor found."""
+    console.print(f"{MARKS[finding.status]} [bold]{finding.subject}[/]: ", end="")
+    say(finding.text)
 
 
 @app.command(
@@ -126,24 +115,50 @@ def doctor(
     prompts: Annotated[
         int, typer.Option(min=0, help="Prompts that both models answer for the probe; with 0 no weights are loaded.")
     ] = 8,
+    probe_: Annotated[
+        bool, typer.Option("--probe", help="Ask too what `prune-opd probe` asks, on 32 problems; takes minutes.")
+    ] = False,
 ) -> None:
     """Check RECIPE before it costs anything, and say what its pair promises. Exits with 1 if it cannot run."""
     from prune_opd.preflight.doctor import examine
 
-    marks = {
-        "ok": "[green]ok[/]",
-        "warning": "[yellow]look[/]",
-        "failed": "[red]FAILED[/]",
-        "skipped": "[dim]skipped[/]",
-    }
-
-    def tell(finding: Finding) -> None:
-        console.print(f"{marks[finding.status]} [bold]{finding.subject}[/]: ", end="")
-        _say(finding.text)
-
-    with _recipe(recipe, set_) as config:
+    with read_recipe(recipe, set_) as config:
         if not examine(config, probe_prompts=prompts, tell=tell):
             raise typer.Exit(1)
+        if probe_:
+            from prune_opd.experiments.probe import probe as run_probe
+
+            run_probe(config, problems=32, lengths=8, continuations=2, json_path=None, console=console)
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "prune-opd probe recipes/derail.toml\n\n"
+    "prune-opd probe recipes/quickstart.toml --problems 128 --json runs/probe-low.json\n\n"
+    "prune-opd probe recipes/quickstart.toml --set model.model_name_or_path=runs/mine/checkpoints/step_30"
+)
+def probe(
+    recipe: Recipe,
+    set_: Settings = None,
+    problems: Annotated[int, typer.Option(min=2, max=MOST, help="Problems that the student answers.")] = 64,
+    lengths: Annotated[int, typer.Option(min=1, max=64, help="Lengths at which each answer is cut.")] = 8,
+    continuations: Annotated[int, typer.Option(min=1, max=64, help="How often each model goes on from a cut.")] = 4,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Default: runs/probe-RECIPE-TIME.json.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Does the teacher get worse where reliability falls? Measured on RECIPE's pair, before anything is trained."""
+    console.quiet = quiet
+    from prune_opd.experiments.probe import probe as run_probe
+
+    with read_recipe(recipe, set_) as config:
+        run_probe(
+            config,
+            problems=problems,
+            lengths=lengths,
+            continuations=continuations,
+            json_path=json_path or default_output_dir(f"probe-{recipe.stem}").with_suffix(".json"),
+            console=console,
+        )
 
 
 @app.command(
@@ -158,7 +173,8 @@ def compare(
         str,
         typer.Option(
             help="Comma-separated, the first is what the others are held against: opd, prune, prune-inflight, "
-            "inflight-only, prune-topp, weights-only, window-only, fixed:N, ramp, replay, random."
+            "inflight-only, prune-topp, weights-only, window-only, opd-distinct, prune-distinct, fixed:N, ramp, "
+            "replay, random."
         ),
     ] = "opd,prune",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds each arm runs with.")] = 1,
@@ -176,10 +192,11 @@ def compare(
     """Train several arms of RECIPE with the same seeds and compare accuracy and cost."""
     console.quiet = quiet
     from prune_opd.experiments.compare import compare as run_comparison
-    from prune_opd.reporting.report import write_report
+    from prune_opd.reporting.report import arm_rows, verdict, write_report
+    from prune_opd.reporting.run_logs import read_runs
 
     output_dir = output_dir or default_output_dir(recipe.stem)
-    with _recipe(recipe, set_) as config:
+    with read_recipe(recipe, set_) as config:
         run_comparison(
             config,
             arms=[arm.strip() for arm in arms.split(",") if arm.strip()],
@@ -190,7 +207,9 @@ def compare(
             resume=resume,
             parallel=parallel,
         )
-    _say(f"report: {write_report([output_dir])}")
+    for sentence in verdict(arm_rows(read_runs([output_dir]))):
+        say(sentence)
+    say(f"report: {write_report([output_dir])}")
 
 
 @app.command(
@@ -278,7 +297,7 @@ def report(
     """Write runs, or a comparison, as one HTML page that opens anywhere. A run that still goes on is fine."""
     from prune_opd.reporting.report import write_report
 
-    _say(f"report: {write_report(runs, output)}")
+    say(f"report: {write_report(runs, output)}")
 
 
 @app.command(
@@ -313,44 +332,8 @@ def replay(
     )
 
 
-@contextmanager
-def _recipe(recipe: Path, overrides: list[str] | None) -> Iterator[Config]:
-    """The settings of a recipe. What is found wrong with one of them later is said with its place, too."""
-    config = load_config(recipe, overrides or ())
-    try:
-        yield config
-    except ConfigError as error:
-        raise placed(error, recipe, overrides or ()) from error
-
-
 def _numbers(option: str, text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise ConfigError(f"{option} {text!r} is no list of numbers; write it as {option} 0.6,0.7,0.8") from None
-
-
-def _say(text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)  # a path stays in one piece
-
-
-def default_output_dir(name: str) -> Path:
-    """A new directory for each run."""
-    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def main() -> None:
-    """Entry point: errors meant for people are printed without a traceback and exit with 1."""
-    errors = Console(stderr=True, soft_wrap=True)  # a message keeps its words on one line, so that it can be searched
-    warnings.showwarning = lambda message, *_, **__: errors.print(f"warning: {message}", style="yellow", markup=False)
-    try:
-        app()
-    except RunInterrupted as error:
-        errors.print(str(error), style="yellow", markup=False, highlight=False)
-        sys.exit(error.exit_code)
-    except PruneOPDError as error:
-        errors.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        errors.print("interrupted; continue with --resume auto --output-dir DIR", style="yellow")
-        sys.exit(130)
