@@ -23,6 +23,7 @@ from prune_opd.core.choices import (
     VocabularyLoss,
 )
 
+
 class Section(BaseModel):
     """Unknown names are errors. Neither `true` nor "3" is a number. Nothing can be set after loading.
 
