@@ -171,6 +171,23 @@ def test_the_window_may_be_anything_when_nothing_steers_it(off):
     assert not config(**{off: False, "rollout.max_completion_length": 50}).window_is_dynamic
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"model.attn_implementation": "varlen", "model.compile": True}, "not built for model.compile"),
+        ({"model.attn_implementation": "flash_attention_2", "model.teacher_dtype": "bfloat16"}, "training.bf16"),
+        ({"model.attn_implementation": "flash_attention_3", "training.bf16": True}, "model.teacher_dtype"),
+        ({"model.teacher_placement": "sharded", "pruning.in_flight.enable": True}, "pruning.in_flight.enable = true"),
+        ({"model.teacher_placement": "sharded", "pruning.threshold": "auto"}, "pruning.threshold"),
+        ({"model.teacher_placement": "sharded", "model.compile": True}, "model.compile = true was not built"),
+    ],
+    ids=str,
+)
+def test_attention_and_placement_that_cannot_go_together_are_refused(settings, says):
+    with pytest.raises(ConfigError, match=says):
+        config(**settings)
+
+
 def test_warm_up_must_leave_steps():
     assert config(**{"training.steps": 5, "training.warmup_steps": 4}).training.warmup_steps == 4
     with pytest.raises(ConfigError, match=r"training.warmup_steps = 5 leaves none of training.steps = 5"):

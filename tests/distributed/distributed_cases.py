@@ -42,6 +42,9 @@ CASES = {
     "tied": {},
     "lora": {"model.lora.r": 2},
     "one-prompt": {},
+    "sharded-teacher": {"model.teacher_placement": "sharded", "training.micro_batch_tokens": 20},
+    "sharded-full-logits": {"model.teacher_placement": "sharded", "objective.loss": "jsd", "pruning.enable": False},
+    "sharded-one-prompt": {"model.teacher_placement": "sharded"},
     "one-prompt-in-flight": IN_FLIGHT,
 }
 
@@ -65,14 +68,19 @@ def run_case(name, world, parallel="ddp"):
         output_head(student)
         shard(student)
     optimizer, window = build_optimizer(student, config)[0], build_window(config)
+    shared = config.model.teacher_placement == "sharded" and world.size > 1
+    scorer = LocalTeacher(teacher, vocab_size=VOCAB, world=world if shared else ALONE)
+    if shared:
+        shard(teacher)
+        assert all(hasattr(p, "full_tensor") and len(p.to_local()) < len(p) for p in teacher.parameters() if len(p) > 1)
     found = {"steps": [], "lengths": [], "effective": [], "ids": [], "rows": []}
     for step in range(STEPS):
         mine = step_of(
             step=step,
-            prompts=tiny_prompts()[:1] if name.startswith("one-prompt") else tiny_prompts(),
+            prompts=tiny_prompts()[:1] if "one-prompt" in name else tiny_prompts(),
             student=student,
             sampler=sampler,
-            teacher=LocalTeacher(teacher, vocab_size=VOCAB),
+            teacher=scorer,
             optimizer=optimizer,
             window=window,
             vocab_size=VOCAB,
@@ -96,6 +104,43 @@ def run_case(name, world, parallel="ddp"):
     found["gradients"] = {n: full_tensor(p.grad) for n, p in student.named_parameters() if p.grad is not None}
     found["weights"] = whole_weights(student, world)
     return found
+
+
+def run_half(world, parallel):
+    """One step under autocast: loss, gradients, and the types of a layer's weights as its forward and the optimiser see
+    them."""
+    config = config_of(**{"training.bf16": True})
+    student = tiny_model("qwen3", seed=3).train()
+    teacher = related(student)
+    sampler = LocalSampler(student, pad_id=PAD, eos_ids=[EOS], vocab_size=VOCAB)
+    if parallel == "fsdp2" and world.size > 1:
+        sampler = WholeWeightsSampler(sampler, student)
+        output_head(student)
+        shard(student, bf16=True)
+    optimizer = build_optimizer(student, config)[0]
+    seen = {}
+    projection = student.model.layers[0].self_attn.q_proj
+    projection.register_forward_hook(
+        lambda module, _, out: seen.update(weight=module.weight.dtype) if torch.is_grad_enabled() else None
+    )
+    student.model.layers[1].register_forward_pre_hook(
+        lambda _, inputs: seen.update(between=inputs[0].dtype) if torch.is_grad_enabled() else None
+    )
+    result = step_of(
+        step=0,
+        prompts=tiny_prompts(),
+        student=student,
+        sampler=sampler,
+        teacher=LocalTeacher(teacher, vocab_size=VOCAB),
+        optimizer=optimizer,
+        window=None,
+        vocab_size=VOCAB,
+        config=config,
+        world=world,
+    )
+    gradients = {n: full_tensor(p.grad) for n, p in student.named_parameters() if p.grad is not None}
+    masters = {p.dtype for group in optimizer.param_groups for p in group["params"]}
+    return {"loss": result.loss, "gradients": gradients, "masters": masters, **seen}
 
 
 def run_broken(world, parallel):
@@ -134,6 +179,8 @@ def main(out: Path) -> None:
         assert world != ALONE
         names = CASES_OF[world.size]
         found = {(name, parallel): run_case(name, world, parallel) for name in names for parallel in ("ddp", "fsdp2")}
+        if world.size == 2:
+            found["half"] = run_half(world, "fsdp2")
         found["broken"] = {parallel: run_broken(world, parallel) for parallel in ("ddp", "fsdp2")}
         if world.rank == 0:
             torch.save(found, out)

@@ -18,7 +18,8 @@ from trl import DistillationConfig
 from prune_opd.config import InFlightSection, ObjectiveSection, PruningSection, with_settings
 from prune_opd.errors import ConfigError
 from prune_opd.integrations.trl import WINDOW_FILE, PruneDistillationTrainer
-from prune_opd.models.causal_lm import output_head, packed_states
+from prune_opd.models.causal_lm import output_head
+from prune_opd.models.packed_attention import packed_states
 from prune_opd.models.packing import pack
 from prune_opd.teachers.local import LocalTeacher
 from prune_opd.training.build import build_optimizer, build_window

@@ -59,6 +59,19 @@ def test_shards_and_sleep_are_what_they_save():
     assert always.peak > asleep.peak and verdict(awake, always, NODE) != "fits"
 
 
+def test_a_sharded_teacher_is_a_share_and_what_is_whole_while_it_scores():
+    """A layer or two, embeddings and head of Skywork-OR1-7B in bfloat16, beside an eighth of it."""
+    whole, shared = (
+        rows("paper/skywork-7b", NODE, f"model.teacher_placement={placement}")
+        for placement in ("replicated", "sharded")
+    )
+    assert (whole["teacher"], shared["teacher"]) == ("14.2 GiB", "1.8 GiB")
+    assert "gathered teacher" not in whole and shared["gathered teacher"].startswith("2.9 GiB")
+    cramped = GPUs(8, parse_memory("40GB"))
+    text = rows("paper/skywork-7b", cramped, "rollout.vllm_gpu_memory_utilization=0.7")["verdict"]
+    assert "does not fit" in text and 'model.teacher_placement = "sharded"' in text
+
+
 @pytest.mark.parametrize(
     ("text", "size"), [("80GB", 80 * 10**9), ("74.5 GiB", int(74.5 * 2**30)), ("24gb", 24 * 10**9)]
 )

@@ -66,6 +66,7 @@ def _unread(config: Config) -> Iterator[tuple[str, str]]:
         yield "model.teacher_server.*", reason
     else:
         yield "model.teacher_dtype", "the teacher is served; its server chose the type"
+        yield "model.teacher_placement", "the teacher is served, so no process holds it"
 
     if reward.function is None:
         yield "reward.*", "reward.function is not set, so there is no task reward"
@@ -104,6 +105,7 @@ def conflicts(config: Config) -> Iterator[str]:
     yield from _server_conflicts(config)
     yield from _reward_conflicts(config)
     yield from _control_conflicts(config)
+    yield from _sharded_teacher_conflicts(config)
     yield from _attention_conflicts(config)
     yield from _training_conflicts(config)
 
@@ -188,6 +190,22 @@ def _control_conflicts(config: Config) -> Iterator[str]:
             "control.kept_tokens and reliability both set the weights; set pruning.reweight = false, or "
             "pruning.enable = false"
         )
+
+
+def _sharded_teacher_conflicts(config: Config) -> Iterator[str]:
+    if config.model.teacher_placement != "sharded" or config.model.teacher_model_server_url is not None:
+        return
+    alone = {
+        "pruning.in_flight.enable = true": config.stops_in_flight,  # each rank asks at times of its own
+        'pruning.threshold = "auto"': config.calibrates,
+        "model.compile = true": config.model.compile,
+    }
+    for setting, chosen in alone.items():
+        if chosen:
+            yield (
+                f'{setting} was not built for model.teacher_placement = "sharded", where all processes must ask the '
+                "teacher at the same time; leave one of them out, or serve the teacher (model.teacher_model_server_url)"
+            )
 
 
 def _attention_conflicts(config: Config) -> Iterator[str]:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 from prune_opd.config.values import Address, Folder, Name, storable
 from prune_opd.core.choices import (
     AfterDrift,
+    Attention,
     DriftMetric,
     EndTokens,
     LossName,
@@ -21,10 +22,6 @@ from prune_opd.core.choices import (
     TopKStrategy,
     VocabularyLoss,
 )
-
-Attention = Literal[
-    "auto", "sdpa", "eager", "flex_attention", "varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4"
-]
 
 
 class Section(BaseModel):
@@ -77,6 +74,9 @@ class ModelSection(Section):
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the student's weights.")
     teacher_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the teacher's weights.")
+    teacher_placement: Literal["replicated", "sharded"] = Field(
+        "replicated", description="Under torchrun, each process holds the whole teacher, or a shard (FSDP2)."
+    )
     attn_implementation: Attention = Field(
         "auto",
         description="Attention over whole rollouts, as transformers names it, or torch's varlen; auto: flash or "

@@ -10,3 +10,6 @@ AfterDrift = Literal["both", "task_only"]
 VocabularyLoss = Literal["forward_kl", "reverse_kl", "jsd"]
 LossName = Literal["topk_reverse_kl", "sampled_token", VocabularyLoss]
 EndTokens = Literal["auto", "equivalent", "distinct"]
+Attention = Literal[
+    "auto", "sdpa", "eager", "flex_attention", "varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4"
+]

@@ -4,7 +4,8 @@ The step asks its `World` for sums (world.py). Here is the rest: starting the pr
 the sampler whole weights, putting a step's results together for the one process that writes, and the optimiser's
 state as shards that load at any number of ranks.
 
-The teacher is whole on every rank: it is frozen, and in flight each rank asks it at times of its own.
+The teacher is whole on every rank, as stops in flight need it, since each rank asks it at times of its own; or sharded
+as the student is (`model.teacher_placement`), and asked in lock-step.
 """
 
 from __future__ import annotations
@@ -48,8 +49,10 @@ def launched() -> Iterator[World]:
 # ---- sharded weights ----
 
 
-def shard(student: Any) -> None:
+def shard(student: Any, *, bf16: bool = False, device: torch.device | None = None) -> None:
     """Shard every parameter of a causal LM over all ranks (FSDP2), in place; build the optimiser after this.
+
+    device: where the shards go, if not where the model is; no more than a layer of it is whole there at a time.
 
     Call `output_head` before: it compares the head with the model's own logits, which a sharded model cannot compute
     outside of lock-step.
@@ -58,10 +61,14 @@ def shard(student: Any) -> None:
     (`World.even`). Embeddings and final norm belong to the body. The head is used outside of any forward
     (core/head.py): it stays a DTensor that `full_tensor` gathers. Gradients are summed, not averaged, since the loss
     has a global denominator.
+
+    bf16: layers are gathered in bfloat16, which is what autocast would make of their matrices: half of what travels and
+    of what is whole at a time, and no copies of autocast's beside it. Masters, sums of gradients, and what goes from
+    layer to layer keep the student's type.
     Raises ModelError for a model whose layers transformers does not name.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     causal_lm = student.get_base_model() if hasattr(student, "get_base_model") else student
     body, head = causal_lm.base_model, causal_lm.get_output_embeddings()
@@ -72,10 +79,13 @@ def shard(student: Any) -> None:
             f"{type(causal_lm).__name__} does not name its layers (_no_split_modules), so it cannot be sharded; "
             'set training.parallel = "ddp"'
         )
-    mesh = init_device_mesh(causal_lm.device.type, (dist.get_world_size(),))
+    mesh = init_device_mesh((device or causal_lm.device).type, (dist.get_world_size(),))
     tied = head.weight is causal_lm.get_input_embeddings().weight
+    half = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    whole = MixedPrecisionPolicy()
     for module in [*layers, body] if tied else [*layers, body, head]:
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        policy = half if bf16 and module in layers else whole
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     if tied:
         head.weight = causal_lm.get_input_embeddings().weight
     for module in causal_lm.modules():

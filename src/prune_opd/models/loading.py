@@ -150,8 +150,10 @@ def load_model(
     device: torch.device,
     autocast: bool = False,
     longest: int | None = None,
+    on_cpu: bool = False,
 ) -> PreTrainedModel:
-    """A causal LM on `device`. Weights are read as safetensors only.
+    """A causal LM on `device`, or on the CPU (`on_cpu`) if its shards will go there. Weights are read as safetensors
+    only.
 
     Where `name` is a peft adapter, this is its base with the adapter merged into it, in `dtype`: a plain model.
     autocast: whether its packed rows are computed in bfloat16 whatever the weights' type · longest: tokens of the
@@ -177,7 +179,7 @@ def load_model(
     attention = choose_attention(model, asked, device=device, half=half, compile=settings.compile)
     if device.type != "cpu" and has_dense_mask(attention):
         log.warning("%s: %s", name, dense_mask_warning(attention, longest))
-    return model.to(device)
+    return model.to("cpu" if on_cpu else device)
 
 
 def dense_mask_warning(attention: str, longest: int | None) -> str:

@@ -62,13 +62,16 @@ def per_gpu(config: Config, memory: Memory, gpus: GPUs) -> PerGPU | None:
         "AdamW state": (memory.optimizer or 0) // shards,
         "teacher": memory.teacher or 0,
     }
+    sharded_teacher = config.model.teacher_placement == "sharded"
+    if sharded_teacher:
+        resident["teacher"] //= gpus.count
     update = {"activations": memory.activations or 0, "logits": memory.logits or 0}
-    shape = model_shape(config.model.model_name_or_path, config.model)
-    assert shape is not None  # or the peak would be unknown
-    if shards > 1:  # the layers in use are whole, and so are embeddings and head
-        table = shape.vocab_size * shape.hidden_size * getattr(torch, config.model.dtype).itemsize
-        tables = table * (1 if shape.tie_word_embeddings else 2)
-        update["gathered weights"] = tables + 2 * max(0, student - tables) // shape.num_hidden_layers
+    names = config.model.model_name_or_path, config.model.teacher_model_name_or_path
+    if shards > 1:
+        half = config.training.bf16 and config.model.dtype == "float32"  # as `shard` gathers its layers
+        update["gathered weights"] = _gathered(config, names[0], student, config.model.dtype, half=half)
+    if sharded_teacher and gpus.count > 1 and memory.teacher:
+        update["gathered teacher"] = _gathered(config, names[1], memory.teacher, config.model.teacher_dtype)
     rollout_settings = config.rollout
     rollout: dict[str, int] = {}
     kv_rollouts = None
@@ -76,6 +79,8 @@ def per_gpu(config: Config, memory: Memory, gpus: GPUs) -> PerGPU | None:
         share = int(rollout_settings.vllm_gpu_memory_utilization * gpus.bytes)
         dtype = rollout_settings.dtype or config.model.dtype
         weights = student * getattr(torch, dtype).itemsize // getattr(torch, config.model.dtype).itemsize
+        shape = model_shape(config.model.model_name_or_path, config.model)
+        assert shape is not None  # or the peak would be unknown
         one = cache_bytes(shape, dtype, 1, config.data.max_prompt_length + config.longest_response)
         kv_rollouts = max(0, int((share * (1 - ENGINE_OVERHEAD) - weights) // one))
         (rollout if rollout_settings.vllm_enable_sleep_mode else resident)["vLLM's share"] = share
@@ -85,6 +90,18 @@ def per_gpu(config: Config, memory: Memory, gpus: GPUs) -> PerGPU | None:
             rollout["whole weights"] = student  # WholeWeightsSampler
     rollout["teacher's cache"] = memory.cache_teacher or 0
     return PerGPU(resident, update, rollout, kv_rollouts)
+
+
+def _gathered(config: Config, name: str, whole: int, dtype: str, *, half: bool = False) -> int:
+    """Bytes that are whole at a time of a sharded model of `whole` bytes: two layers, embeddings and head.
+
+    half: layers take half of the bytes there that they are stored in.
+    """
+    shape = model_shape(name, config.model)
+    assert shape is not None  # or the peak would be unknown
+    table = shape.vocab_size * shape.hidden_size * getattr(torch, dtype).itemsize
+    tables = table * (1 if shape.tie_word_embeddings else 2)
+    return tables + 2 * max(0, whole - tables) // shape.num_hidden_layers // (2 if half else 1)
 
 
 def topology_rows(config: Config, memory: Memory, gpus: GPUs) -> Iterator[tuple[str, str]]:
@@ -131,6 +148,8 @@ def verdict(config: Config, found: PerGPU, gpus: GPUs) -> str:
     if config.model.lora is None:
         remedies.append("model.lora")
     if found.resident["teacher"] > gpus.bytes // 8:
+        if config.model.teacher_placement == "replicated" and gpus.count > 1 and not config.stops_in_flight:
+            remedies.append('model.teacher_placement = "sharded"')
         remedies.append("a teacher on a server (model.teacher_model_server_url)")
     over = size_text(found.peak - gpus.bytes)
     return f"does not fit: {over} too much; try {', '.join(remedies)}, or a smaller model"

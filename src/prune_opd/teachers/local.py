@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prune_opd.core.head import OutputHead, head_statistics
+from prune_opd.distributed.world import ALONE, World
 from prune_opd.models.causal_lm import compiled, hidden_states, output_head, use_attention
 from prune_opd.models.packed_attention import packed_states, packing_of, use_packed_attention
 from prune_opd.models.packing import Packed, pack
@@ -22,7 +23,8 @@ class LocalTeacher:
 
     Ids from `vocab_size` on are padding rows of one of the two embeddings: neither candidates nor part of a normaliser.
     `ends` count as one action (core/ends.py). `token_budget` is the most tokens of one forward, as in `pack`. compile:
-    they run compiled (`causal_lm.compiled`).
+    they run compiled (`causal_lm.compiled`). world: the ranks of which each holds a shard of the model, where `shard`
+    is applied to it behind this; then all of them call `score` and `before_head` equally often, and none `stream`.
     """
 
     def __init__(
@@ -33,12 +35,14 @@ class LocalTeacher:
         ends: Sequence[int] = (),
         token_budget: int | None = None,
         compile: bool = False,
+        world: World = ALONE,
     ) -> None:
         self.hidden_states = compiled(hidden_states) if compile else hidden_states
         self.packed_states = compiled(packed_states) if compile else packed_states
         self.packing = packing_of(model, compile=compile)
         self.model, self.token_budget = model.eval().requires_grad_(False), token_budget
-        self.head, self.vocab_size, self.ends = output_head(model), vocab_size, tuple(ends)
+        self.vocab_size, self.ends, self.world = vocab_size, tuple(ends), world
+        output_head(self.model)  # compared with the model's own logits while it can still run by itself
 
     @torch.no_grad()
     def score(self, rollouts: Rollouts, *, top_k: int) -> TeacherScores:
@@ -55,14 +59,16 @@ class LocalTeacher:
     @torch.no_grad()
     def before_head(self, part: Packed) -> tuple[Tensor, OutputHead]:
         """See `Teacher.before_head`."""
-        return self._packed_states(part), self.head
+        return self._packed_states(part), output_head(self.model)
 
     def read(self, scores: TeacherScores, rollouts: Rollouts) -> None:
         """Fill in the scores of all kept tokens, in packed forwards of whole rollouts."""
         assert rollouts.student is not None
-        for part in pack(rollouts, self.token_budget, **self.packing):
+        parts, head = pack(rollouts, self.token_budget, **self.packing), output_head(self.model)
+        for part in self.world.equal_count(parts, Packed.empty(rollouts.response_ids.device)):
             hidden = self._packed_states(part)
-            self.write(scores, hidden, part.rollout, part.position, rollouts.response_ids, rollouts.student)
+            if len(hidden):
+                self.write(scores, hidden, head, part.rollout, part.position, rollouts.response_ids, rollouts.student)
 
     def _packed_states(self, part: Packed) -> Tensor:
         with use_packed_attention(self.model):
@@ -72,6 +78,7 @@ class LocalTeacher:
         self,
         scores: TeacherScores,
         hidden: Tensor,
+        head: OutputHead,
         rollout: Tensor,
         position: Tensor,
         response_ids: Tensor,
@@ -82,7 +89,7 @@ class LocalTeacher:
         asked = torch.cat([student.ids[where], response_ids[where].unsqueeze(-1)], dim=-1)
         found = head_statistics(
             hidden,
-            self.head,
+            head,
             top_k=scores.topk.ids.shape[-1],
             ids=asked,
             vocab_size=self.vocab_size,
@@ -172,7 +179,8 @@ class LocalStream:
         forward = hidden_states if self.cache.empty else self.teacher.hidden_states
         with use_attention(self.teacher.model, SLOT_ATTENTION):
             hidden = forward(self.teacher.model, inputs)[row, column]
-        self.teacher.write(scores, hidden, rollout, position, response_ids, student)
+        head = output_head(self.teacher.model)
+        self.teacher.write(scores, hidden, head, rollout, position, response_ids, student)
 
 
 def empty_scores(response_ids: Tensor, student: TopK, top_k: int) -> TeacherScores:

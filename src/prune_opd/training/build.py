@@ -105,7 +105,7 @@ def build_parts(
     ends = build_ends(config, student, tokenizer)
     if ends:
         console.print(ends_text(ends, tokenizer), highlight=False)
-    teacher, vocab_size = build_teacher(config, student, tokenizer, run_dir, device=device, ends=ends)
+    teacher, vocab_size = build_teacher(config, student, tokenizer, run_dir, device=device, ends=ends, world=world)
     if isinstance(teacher, ServedTeacher):
         console.print(teacher.way, highlight=False)
     sampler = build_sampler(
@@ -123,7 +123,7 @@ def build_parts(
         if isinstance(sampler, LocalSampler):  # vLLM has weights of its own, which it is handed shard by shard
             sampler = WholeWeightsSampler(sampler, student)
         output_head(student)  # compared with the model's own logits while it can still run by itself
-        distributed.shard(student)
+        distributed.shard(student, bf16=config.training.bf16)
     optimizer, schedule = build_optimizer(student, config)
     budget = build_budget(config)
     rollout_sampler, ahead = build_rollouts(config, sampler, prompts, teacher, budget, world)
@@ -287,8 +287,11 @@ def build_teacher(
     *,
     device: torch.device,
     ends: Sequence[int] = (),
+    world: World = ALONE,
 ) -> tuple[Teacher, int]:
     """The teacher, and how many ids it shares with the student.
+
+    world: the ranks that share it, where `model.teacher_placement` says so.
 
     Raises ModelError, TokenizerError or ServerError when it does not fit the student or the recipe, or is another
     served teacher than the one that this run directory, where there is one, began with.
@@ -298,11 +301,18 @@ def build_teacher(
     longest = config.data.max_prompt_length + config.rollout.max_completion_length
     if settings.teacher_model_server_url is None:
         longest_row = config.longest_row
-        model = models.load_model(name, settings, dtype=settings.teacher_dtype, device=device, longest=longest_row)
+        shared = settings.teacher_placement == "sharded" and world.size > 1
+        model = models.load_model(
+            name, settings, dtype=settings.teacher_dtype, device=device, longest=longest_row, on_cpu=shared
+        )
         models.check_context(model.config, name, longest)
         vocab_size = models.shared_vocab_size(student, model.get_output_embeddings().weight.shape[0], top_k)
         models.check_ends(ends, vocab_size)
-        return LocalTeacher(model, vocab_size=vocab_size, ends=ends, compile=settings.compile), vocab_size
+        if not shared:
+            return LocalTeacher(model, vocab_size=vocab_size, ends=ends, compile=settings.compile), vocab_size
+        local = LocalTeacher(model, vocab_size=vocab_size, ends=ends, world=world)
+        distributed.shard(model, device=device)
+        return local, vocab_size
     teacher_config = read_model_config(name, settings, local_files_only=False)
     if teacher_config is None:
         raise ModelError(

@@ -36,7 +36,7 @@ from prune_opd.training.optimizer_state import load_optimizer, save_optimizer
 
 # What may differ between the run that saved and the run that resumes; anything else would be another experiment.
 FREE_TO_CHANGE = {
-    *(("model", name) for name in ("teacher_model_server_url", "compile")),
+    *(("model", name) for name in ("teacher_model_server_url", "teacher_placement", "compile", "attn_implementation")),
     *(("rollout", name) for name in ("vllm_server_url", "vllm_server")),
     *(("training", name) for name in ("steps", "save_every", "keep_last", "keep_every", "max_skipped_steps")),
     *(("training", name) for name in ("threads", "device", "parallel", "micro_batch_tokens", "gradient_checkpointing")),
