@@ -8,7 +8,7 @@ On the embedded task the first wrong word of a response is known exactly, and so
                    ones; 0.5 is none. Sound stretches end at the derailment, and do not overlap
     seen, false    at the threshold that sees 90% of the derailments of the even-numbered problems within 16 tokens:
                    derailments seen on the odd-numbered ones, and alarms per 100 sound tokens there
-    γ              that threshold, as the metric has it: an overlap below γ is an event
+    γ              that threshold as the metric has it: an overlap of so much or less is an alarm
 
 The pairs' facts stand above each table: overlap before and after, and what the teacher rescues (`prune-opd probe`
 measures that with intervals, and against length).

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/evidence.md").read_text()
 SMALL = "--set rollout.prompts_per_step=2 --set evaluation.num_problems=2 --set evaluation.k=1"
 SHORT = {"compare": f"--set training.steps=1 --seeds 1 {SMALL}", "doctor": f"--prompts 2 {SMALL}"}
+SHORT["probe"] = "--problems 4 --lengths 2 --continuations 1"
 
 
 @pytest.mark.slow
