@@ -31,6 +31,7 @@ ASSETS = "env/lib/python3*/site-packages/prune_opd/assets"
 DATA = """\
 import itertools, json
 from prune_opd.data.tasks import problems
+
 for name, split, count in ("train", "train", 2000), ("test", "held_out", 100):
     with open(f"{name}.jsonl", "w") as file:
         for problem in itertools.islice(problems(split, 0), count):
