@@ -7,6 +7,9 @@ THREADS ?= 1
 WORKERS ?= logical
 # The build of torch that setup-locked takes: cpu or cuda.
 TORCH ?= cpu
+# What test-oldest runs: all that computes or reads, without the tests of other programs and of documents. One test is left
+# out: torch 2.7 and 2.8 round bfloat16 on a CPU otherwise for one row than for many, so it cannot tell who sampled.
+OLDEST ?= tests/core tests/config tests/data tests/rollout tests/teachers tests/update tests/models tests/test_step.py
 # More arguments for pytest, as in: make test ARGS="-k window"
 ARGS ?=
 
@@ -53,7 +56,8 @@ gpu-check: setup-trl  ## on a CUDA GPU: its tests, then a step of a 1.7B model b
 	$(BIN)/python benchmarks/gpu_check.py
 
 test-oldest: .venv-oldest/.installed  ## the core's tests at the lower ends of all ranges of pyproject.toml (3 GB)
-	.venv-oldest/bin/python -m pytest -q $(OLDEST) $(ARGS)
+	.venv-oldest/bin/python -m pytest -q $(OLDEST) $(ARGS) \
+	  --deselect tests/rollout/test_student_copy.py::test_the_copy_is_the_rounded_student_and_follows_it
 
 check: lint test  ## lint, then test
 

@@ -31,6 +31,7 @@ ASSETS = "env/lib/python3*/site-packages/prune_opd/assets"
 DATA = """\
 import itertools, json
 from prune_opd.data.tasks import problems
+
 for name, split, count in ("train", "train", 2000), ("test", "held_out", 100):
     with open(f"{name}.jsonl", "w") as file:
         for problem in itertools.islice(problems(split, 0), count):
@@ -58,7 +59,7 @@ STEPS = (
     ),
     ("The report", ("prune-opd report runs/demo runs/mine --output both.html",)),
 )
-MOST_LINES = 45
+MOST_LINES = 70
 
 
 def main() -> None:
@@ -84,6 +85,7 @@ def shown(command: str, folder: Path) -> str:
     """A command with what it printed and its seconds; stops the script where the command fails."""
     path = f"{folder}/env/bin:{os.environ['PATH']}"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")} | {"PATH": path, "COLUMNS": "110"}
+    environment["PIP_CONFIG_FILE"] = os.devnull  # what this machine tells pip is of no interest
     started = time.monotonic()
     done = subprocess.run(
         ["bash", "-c", command],  # noqa: S607
@@ -97,7 +99,7 @@ def shown(command: str, folder: Path) -> str:
         sys.exit(f"{command}\n{done.stdout}")
     lines = re.sub(rf"{folder}/?", "", done.stdout).rstrip().splitlines()
     if len(lines) > MOST_LINES:
-        lines = [*lines[: MOST_LINES - 20], "[...]", *lines[-19:]]
+        lines = [*lines[:20], "[...]", *lines[-19:]]
     print(f"{time.monotonic() - started:.0f} s  {command}", flush=True)
     return "\n".join([f"```console\n$ {command}", *lines, f"```\n\n{time.monotonic() - started:.0f} s\n"])
 

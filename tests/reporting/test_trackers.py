@@ -82,22 +82,27 @@ def test_each_run_of_a_comparison_is_a_run_of_its_own_in_wandb(tmp_path, monkeyp
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     started = []
-    init = wandb.init
+    init, log = wandb.init, wandb.Run.log
 
     def remember(**arguments):
-        started.append((arguments, init(**arguments)))
-        return started[-1][1]
+        started.append((arguments, {}))
+        return init(**arguments)
+
+    def see(run, numbers, step):
+        started[-1][1].update(numbers)
+        assert run.id == started[-1][0]["id"]
+        log(run, numbers, step=step)
 
     monkeypatch.setattr(wandb, "init", remember)
+    monkeypatch.setattr(wandb.Run, "log", see)
     config = load_config(
         RECIPE, [*SMALL[:2], "tracking.report_to=wandb", "training.steps=1", "evaluation.num_problems=1"]
     )
     compare(config, arms=["opd", "prune"], seeds=[0], output_dir=tmp_path / "sweep", console=Console(quiet=True))
     (opd, first), (prune, second) = started
-    assert first is not second and opd["id"] != prune["id"]
+    assert opd["id"] != prune["id"] and opd["resume"] == "allow"
     assert (opd["group"], opd["name"], prune["name"]) == ("sweep", "sweep-opd-seed0", "sweep-prune-seed0")
-    assert first.summary["_step"] == 1 and first.summary[PICTURE]["_type"] == "image-file"
-    assert (opd["resume"], first.summary[OVERLAP] > 0.3) == ("allow", True)
+    assert first[OVERLAP] > 0.3 and isinstance(first[PICTURE], wandb.Image) and isinstance(second[PICTURE], wandb.Image)
 
 
 @pytest.mark.slow

@@ -174,7 +174,7 @@ def _length_facts(config: Config, facts: Mapping[str, Any], tokenizer: PreTraine
     if positions and prompt > positions // 2:  # what is longer is left out, and doctor counts it
         prompt = positions // 2
     most = min(PAPER_RESPONSE, positions - prompt) if positions else PAPER_RESPONSE
-    events = PAPER_EVENTS if most >= 2048 else max(10, most // 20)
+    events = min(PAPER_EVENTS, max(10, most // 8))
     return {
         "longest": longest,
         "max_prompt_length": prompt,
