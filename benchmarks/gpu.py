@@ -23,6 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from gpu_check import QWEN3_1_7B
 from rich.console import Console
 from scaling import PHASES, Bench, least_work, measured_ceilings, summarise, table_of
 from transformers import Qwen3Config
@@ -31,18 +32,6 @@ from prune_opd.config import with_settings
 from prune_opd.models.packed_attention import choose_attention
 from prune_opd.teachers.local import LocalTeacher
 
-QWEN3_1_7B = {
-    "vocab_size": 151_936,
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 40_960,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
-    "tie_word_embeddings": True,
-}
 MATMUL_SIZE = 8192
 
 
