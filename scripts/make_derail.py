@@ -5,7 +5,7 @@ Both are the embedded teacher but for one thing: before any step of a solution t
 
     derail-student    to the end, in eight words that the teacher never considers there
     derail-2-student  less clean: half of the time it rambles for a few words and takes the thread up again, now and
-                      then at a wrong step; and a third of what it considers there, the teacher considers too
+                      then at a wrong step; and part of what it considers there, the teacher considers too
 
 A trace is learnt only where the thread is lost; elsewhere the teacher's log-probabilities are kept (all but that of the
 word that loses it), or its top-k would change everywhere. One such word, not several: they would fill the student's

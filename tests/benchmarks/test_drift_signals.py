@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "drift_signals.py"
 
@@ -55,3 +56,19 @@ def test_false_alarms_are_counted_where_the_threshold_was_not_chosen(benchmark):
 
 def test_a_pair_that_never_derails_has_no_figures(benchmark):
     assert set(benchmark.detection(signal(0.0, 0.0), LENGTHS, LENGTHS).values()) == {None}
+
+
+@pytest.mark.parametrize(
+    ("name", "problems", "behind", "lost"), [("derail", 16, (0.0, 0.1), 0.6), ("derail-2", 32, (0.2, 0.7), 0.2)]
+)
+def test_the_derail_pairs_are_what_they_are_said_to_be(benchmark, name, problems, behind, lost):
+    """Student and teacher agree on sound text and not behind a derailment, from where the teacher seldom comes back."""
+    found = benchmark.measure(benchmark.RECIPES / f"{name}.toml", problems, 1, Console(quiet=True))
+    facts, rescues = found["facts"], found["rescued"]
+    assert facts["overlap_sound"] > 0.85 and facts["overlap_teachers_text"] > 0.9
+    assert behind[0] <= facts["overlap_behind"] <= behind[1]
+    assert 0.3 < facts["derailed"] < 1, "some are sound to the end"
+    early, _, late = facts["place_quartiles"]
+    assert late > 1.5 * early, "derailments are spread"
+    assert rescues["sound"]["rescued"] - rescues["16 behind"]["rescued"] >= lost
+    assert found["signals"]["1 - overlap, K = 8"]["auc"] > 0.6

@@ -32,6 +32,11 @@ def test_drift_that_matters_is_called_real():
     assert at_equal["low"] > 0.8 and found["signals"][0]["auc"]["value"] > found["length_alone"]["value"]
 
 
+def test_a_small_effect_is_called_small():
+    found = made(lambda t, r: 0.6 - 0.4 * t + 0.15 * r, prompts=300)
+    assert found["verdict"].startswith("drift says a little more here than length does")
+
+
 def test_drift_that_only_goes_with_length_is_not():
     """Over all lengths R predicts well, since it falls as length grows; at equal lengths it says nothing."""
     found = made(lambda t, r: 0.95 - 0.9 * t)

@@ -159,11 +159,11 @@ def verdict(found: dict[str, Any]) -> str:
         return "nothing to tell apart: no two prefixes of equal length, one rescued and one not; take more prompts"
     text = f"AUC of R {value:.2f} [{lower:.2f}, {upper:.2f}] at equal lengths, 0.50 where it says nothing"
     if lower > 0.5 and value >= 0.5 + MATTERS:
-        behind = found["rescued_behind"]["value"]
-        rescues = (
-            "" if behind is None else f"behind {low} the teacher rescues {behind:.0%} of what it rescues at {high}: "
-        )
-        return f"drift is real here: {rescues}{text}"
+        said = "drift is real here" if lower >= 0.5 + NOTHING else "drift says a little more here than length does"
+        behind = found["rescued_behind"]
+        if behind["value"] is not None:
+            said += f": behind {low} the teacher rescues {interval_text(behind)} of what it rescues at {high}"
+        return f"{said}: {text}"
     if upper < 0.5 and value <= 0.5 - MATTERS:
         return f"R is the wrong way round here: where it has fallen, the teacher rescues more ({text})"
     if max(upper - 0.5, 0.5 - lower) > NOTHING:
