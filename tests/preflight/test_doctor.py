@@ -132,7 +132,7 @@ def test_the_limits_of_a_server_are_found():
     with serving(model, tokenizer, name="embedded:teacher", max_logprobs=10) as server:
         served = [f"model.teacher_model_server_url={server.url}", "model.teacher_server.top_logprobs=10"]
         found = findings(*served, prompts=2)
-        assert "10 candidates a token" in found["teacher's answers"][1]
+        assert "list their 10 likeliest tokens" in found["teacher's answers"][1]
         assert "agreement, student's text" in found and "threshold" not in found
         found = findings(*served, "model.teacher_server.top_logprobs=12", prompts=2)
         assert found["probe"][0] == "failed" and "greater than max allowed: 10" in found["probe"][1]
