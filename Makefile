@@ -71,7 +71,7 @@ format: setup  ## format and fix what ruff can fix
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-demo: setup  ## OPD against Prune-OPD on the embedded pair (about 4 minutes on one core)
+demo: setup  ## OPD against Prune-OPD on the embedded pair (a minute and a half on one core)
 	$(BIN)/prune-opd demo --output-dir runs/demo-$(NOW)
 
 wheel: setup  ## build dist/*.whl, which needs nothing of this repository
