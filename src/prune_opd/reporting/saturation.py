@@ -34,7 +34,7 @@ def when_saturated(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What `saturated` says, where it begins to: once for each stretch of steps."""
     before = None
     for end in range(STEPS, len(records) + 1):
-        said = saturated(records[:end])
+        said = saturated(records[end - STEPS : end])
         if said and not before:
             yield said
         before = said

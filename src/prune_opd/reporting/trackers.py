@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,11 +63,15 @@ def start_trackers(
     name = tracking.run_name or "-".join(filter(None, (tracking.group, run_dir.name)))
     identity = json.loads(path.read_text(encoding="utf-8"))["identity"]
     run = TrackedRun(run_dir, name, tracking.group, identity, next_step, settings)
-    kinds: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
+    kinds: dict[str, Callable[[TrackedRun], Tracker]] = {
+        "tensorboard": TensorBoard,
+        "wandb": start_wandb,
+        "trackio": start_trackio,
+    }
     trackers = []
     for kind in tracking.report_to:
         try:
-            trackers.append(kinds[kind](run))  # type: ignore[call-arg]
+            trackers.append(kinds[kind](run))
         except ImportError as error:
             raise ConfigError(
                 f"tracking.report_to names {kind}, which is not installed ({error}); "
@@ -100,22 +104,12 @@ class TensorBoard:
         self.writer.close()
 
 
-class WandB:
-    """A run of Weights & Biases; WANDB_MODE, WANDB_PROJECT and its other variables hold."""
+@dataclass(frozen=True)
+class LoggedRun:
+    """A run of Weights & Biases, or of trackio, whose runs are used in the same way. image: makes one of pixels."""
 
-    def __init__(self, run: TrackedRun) -> None:
-        import wandb
-
-        self.image = wandb.Image
-        self.run = wandb.init(
-            project=PROJECT,
-            name=run.name,
-            group=run.group,
-            id=run.identity,
-            resume="allow",
-            dir=str(run.run_dir),
-            config=dict(run.settings),
-        )
+    run: Any
+    image: Callable[[np.ndarray], Any]
 
     def numbers(self, metrics: Mapping[str, float], step: int) -> None:
         """See `Tracker`."""
@@ -130,25 +124,27 @@ class WandB:
         self.run.finish()
 
 
-class Trackio:
-    """A run of trackio, which knows runs by their names: the identity is part of it."""
+def start_wandb(run: TrackedRun) -> LoggedRun:
+    """Weights & Biases; WANDB_MODE, WANDB_PROJECT and its other variables hold."""
+    import wandb
 
-    def __init__(self, run: TrackedRun) -> None:
-        import trackio
+    started = wandb.init(
+        project=PROJECT,
+        name=run.name,
+        group=run.group,
+        id=run.identity,
+        resume="allow",
+        dir=str(run.run_dir),
+        config=dict(run.settings),
+    )
+    return LoggedRun(started, wandb.Image)
 
-        self.image = trackio.Image
-        self.run = trackio.init(
-            PROJECT, name=f"{run.name}-{run.identity}", group=run.group, resume="allow", config=dict(run.settings)
-        )
 
-    def numbers(self, metrics: Mapping[str, float], step: int) -> None:
-        """See `Tracker`."""
-        self.run.log(dict(metrics), step=step)
+def start_trackio(run: TrackedRun) -> LoggedRun:
+    """trackio, which knows runs by their names: the identity is part of it."""
+    import trackio
 
-    def picture(self, pixels: np.ndarray, step: int) -> None:
-        """See `Tracker`."""
-        self.run.log({PICTURE: self.image(pixels)}, step=step)
-
-    def close(self) -> None:
-        """See `Tracker`."""
-        self.run.finish()
+    started = trackio.init(
+        PROJECT, name=f"{run.name}-{run.identity}", group=run.group, resume="allow", config=dict(run.settings)
+    )
+    return LoggedRun(started, trackio.Image)
