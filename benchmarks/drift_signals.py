@@ -38,6 +38,7 @@ from prune_opd.experiments.probe import Cuts, Pair, build_pair, right_continuati
 from prune_opd.experiments.rescue import auc
 from prune_opd.experiments.signals import drift_signals
 from prune_opd.training.build import build_problems, build_tokenizer
+from prune_opd.training.build_teachers import teacher_tokenizers
 from prune_opd.training.calibration import teacher_written
 from prune_opd.types import Prompt, Rollouts
 
@@ -121,8 +122,7 @@ def facts(
     behind = [overlap[b, s + 1 : n] for b, (s, n) in enumerate(zip(sound, lengths, strict=True)) if s + 1 < n]
     places = [s for s, n in zip(sound, lengths, strict=True) if s < n]
     student = pair.sampler.model  # type: ignore[attr-defined]  # a recipe of the embedded pairs samples in this process
-    ids = [prompt.token_ids for prompt in prompts]
-    own = teacher_written(pair.config, ids, student, pair.teacher, pair.tokenizer)
+    own = teacher_written(pair.config, prompts, student, pair.teacher, pair.tokenizer)
     return {
         "right": float(np.mean(list(are_right(prompts, list(response_texts(rollouts, pair.tokenizer)))))),
         "derailed": len(places) / len(lengths),
@@ -137,7 +137,7 @@ def measure(recipe: Path, problems: int, continuations: int, console: Console) -
     """Facts and signals of one pair."""
     config = with_settings(load_config(recipe), **{"evaluation.num_problems": problems})
     k = config.objective.top_k
-    tokenizer = build_tokenizer(config)
+    tokenizer = build_tokenizer(config, teacher_tokenizers(config))
     prompts = list(build_problems(config, tokenizer))
     pair = build_pair(with_settings(config, **{"objective.top_k": 16}), prompts, tokenizer, console)
     rollouts, scores = scored_rollouts(pair, prompts, seed=0)

@@ -51,6 +51,7 @@ from prune_opd.rollout.local import LocalSampler
 from prune_opd.step import StepResult, prune_opd_step
 from prune_opd.teachers.local import LocalTeacher
 from prune_opd.training.build import build_optimizer, build_run
+from prune_opd.types import Prompt
 
 PHASES = ("rollout", "teacher", "update")
 PROMPT_TOKENS = 16
@@ -152,7 +153,8 @@ class Bench:
     def step(self, config: Config, rollouts: int) -> tuple[StepResult, dict[str, float]]:
         """One step; nobody can end a rollout, so each has the full length. Seconds: {wall, cpu and each phase's}."""
         generator = torch.Generator().manual_seed(1)
-        prompts = torch.randint(self.shape.vocab_size, (rollouts, PROMPT_TOKENS), generator=generator).tolist()
+        ids = torch.randint(self.shape.vocab_size, (rollouts, PROMPT_TOKENS), generator=generator).tolist()
+        prompts = [Prompt("", tuple(prompt), None, "random") for prompt in ids]
         sampler = LocalSampler(self.student, pad_id=0, eos_ids=[], slots=config.rollout.slots)
         wall, cpu = time.perf_counter(), time.process_time()
         run = build_run(

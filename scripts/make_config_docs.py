@@ -24,7 +24,7 @@ them.
   nothing to unset.
 - An unknown setting is an error that names the nearest known one. A setting that has no effect in a recipe warns.
 
-This page is written by `make docs`; the words are those of `src/prune_opd/config/schema.py`.
+This page is written by `make docs`; the words are those of `src/prune_opd/config`.
 """
 
 
@@ -40,6 +40,8 @@ def _sections(section: dict[str, Any], sections: dict[str, Any], prefix: str) ->
     for name, setting in section["properties"].items():
         found = _reference(setting)
         (settings if found is None else inner)[name] = setting if found is None else sections[found]
+        if "items" in setting and found:
+            settings[name] = setting
     if settings:
         yield "| setting | value | default | |\n|---|---|---|---|"
         for name, setting in settings.items():
@@ -52,8 +54,8 @@ def _sections(section: dict[str, Any], sections: dict[str, Any], prefix: str) ->
 
 
 def _reference(setting: dict[str, Any]) -> str | None:
-    """The section that a setting is, optional ones included."""
-    for choice in (setting, *setting.get("anyOf", ())):
+    """The section that a setting is, or is a list of; optional ones included."""
+    for choice in (setting, setting.get("items", {}), *setting.get("anyOf", ())):
         if "$ref" in choice:
             return choice["$ref"].rsplit("/", 1)[-1]
     return None
@@ -67,7 +69,7 @@ def _values(setting: dict[str, Any]) -> str:
     if "enum" in setting or "const" in setting:
         return ", ".join(f"`{value}`" for value in setting.get("enum", [setting.get("const")]))
     if setting["type"] == "array":
-        return f"list of {_values(setting['items'])}"
+        return "list of tables" if "$ref" in setting["items"] else f"list of {_values(setting['items'])}"
     words = {"string": "text", "integer": "integer", "number": "number", "boolean": "true, false", "object": "table"}
     marks = {"exclusiveMinimum": "> ", "minimum": "≥ ", "exclusiveMaximum": "< ", "maximum": "≤ "}
     limits = [f"{sign}{setting[mark]:g}" for mark, sign in marks.items() if mark in setting]

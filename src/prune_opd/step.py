@@ -20,8 +20,9 @@ Source: arXiv 2605.07804. Where we differ from it, and why:
   * M starts at 1024 in the default recipe; the paper gives 1024, 2048 and 6144 in different places.
   * Options beyond the paper, off by default: stopping in flight, more prompts for what was saved (core/budget.py), the
     repetition guard, `weight_mean`, `overlap_mass`, losses other than `topk_reverse_kl`, a reward of the task beside
-    the teacher's signal, and rollouts of a policy that is not the trained one: another engine's, that of one update
-    ago, or its weights rounded (update/correction.py).
+    the teacher's signal, several teachers, one that reads another prompt (teachers/routed.py, data/teacher_prompts.py),
+    and rollouts of a policy that is not the trained one: another engine's, that of one update ago, or its weights
+    rounded (update/correction.py).
   * A batch in which no token carries weight is no update: momentum alone would move the weights.
 """
 
@@ -44,7 +45,7 @@ from prune_opd.rollout.events import drift_events
 from prune_opd.rollout.sample import sample_rollouts
 from prune_opd.teachers.base import Teacher
 from prune_opd.timing import Stopwatch
-from prune_opd.types import Rollouts, TeacherScores
+from prune_opd.types import Prompt, Rollouts, TeacherScores
 from prune_opd.update.finite import check_finite
 from prune_opd.update.student_update import StudentUpdate
 from prune_opd.update.weights import TokenWeights
@@ -103,12 +104,12 @@ class StepResult:
     seconds: dict[str, float]
 
 
-def prune_opd_step(run: Run, step: int, prompts: Sequence[Sequence[int]], reward: Reward | None = None) -> StepResult:
+def prune_opd_step(run: Run, step: int, prompts: Sequence[Prompt], reward: Reward | None = None) -> StepResult:
     """Sample, score, weigh, steer the window, update.
 
-    prompts: token ids, one for each rollout; `rollout.num_generations` consecutive ones are the same prompt. Each rank
-    is given all of them and takes its share. Rollouts, loss, gradient and window are those of one process, whatever
-    the number of ranks. Raises NonFiniteError, with the rollouts and before the weights are touched, when logits of
+    prompts: one for each rollout; `rollout.num_generations` consecutive ones are the same prompt. Each rank is given
+    all of them and takes its share. Rollouts, loss, gradient and window are those of one process, whatever the
+    number of ranks. Raises NonFiniteError, with the rollouts and before the weights are touched, when logits of
     student or teacher, the loss or the gradient are NaN or infinite.
     """
     config, pruning, world, watch = run.config, run.config.pruning, run.world, Stopwatch(run.update.device)

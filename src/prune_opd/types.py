@@ -6,8 +6,8 @@ Responses are right-padded: column t of every (B, T) tensor is response token t,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,13 @@ class TopK:
         return TopK(self.ids[where], self.logprobs[where], self.entropy[where])
 
 
+class TeacherPrompt(NamedTuple):
+    """What a teacher reads in front of a response, and which one: its place in `model.teachers`, 0 if it is alone."""
+
+    token_ids: Sequence[int]
+    teacher: int = 0
+
+
 @dataclass(frozen=True)
 class Rollouts:
     """Sampled responses, and what the student thought while it sampled them.
@@ -47,7 +54,8 @@ class Rollouts:
     the end-of-sequence token · finished (B,) bool, the rollout ended by itself · stopped (B,) bool, it was ended for
     drift · student: its top-k at each position, None when top_k was 0 · generated: tokens that were decoded, including
     those past a stop that were thrown away · slot_steps: rows times decode steps that were computed · sampled_logprobs
-    (B, T): of each token in the policy that sampled it, at temperature 1; None where that is the one that is trained.
+    (B, T): of each token in the policy that sampled it, at temperature 1; None where that is the one that is trained ·
+    teacher_prompts: B, what the teacher reads in place of `prompts`; None where it reads those.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -59,11 +67,19 @@ class Rollouts:
     generated: int = 0
     slot_steps: int = 0
     sampled_logprobs: Tensor | None = None
+    teacher_prompts: Sequence[TeacherPrompt] | None = None
 
     @property
     def lengths(self) -> Tensor:
         """(B,) int64: kept tokens of each rollout."""
         return self.response_mask.sum(-1)
+
+    @property
+    def for_teacher(self) -> Rollouts:
+        """The same responses behind the prompts that the teacher reads."""
+        if self.teacher_prompts is None:
+            return self
+        return replace(self, prompts=[prompt.token_ids for prompt in self.teacher_prompts], teacher_prompts=None)
 
 
 @dataclass(frozen=True)
@@ -95,7 +111,7 @@ class Prompt:
     """`text` is what the model sees, template and suffix included; `source` is file:line or dataset[row].
 
     grader: says whether a response is right, where that is not `graders.grade(response, answer)` · lack: where there is
-    no answer, what stood in its place.
+    no answer, what stood in its place · teacher: what the teacher reads, where that is not the same.
     """
 
     text: str
@@ -104,8 +120,14 @@ class Prompt:
     source: str
     grader: Callable[[str], bool] | None = field(default=None, compare=False, repr=False)
     lack: str = field(default="", compare=False)
+    teacher: TeacherPrompt | None = field(default=None, compare=False)
 
     @property
     def is_gradable(self) -> bool:
         """Whether there is a gold answer or a grader."""
         return self.answer is not None or self.grader is not None
+
+    @property
+    def for_teacher(self) -> TeacherPrompt:
+        """What the teacher reads."""
+        return self.teacher or TeacherPrompt(self.token_ids)

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from prune_opd.config import DataSection
-from prune_opd.data import prompts as prompts_module
 from prune_opd.data.prompts import PromptSet, load_prompts
+from prune_opd.data.rows import _hub_rows
 from prune_opd.errors import DataError, MissingColumnError
 from prune_opd.types import Prompt
 
@@ -249,9 +249,9 @@ def test_hub_rows_come_through_datasets(write, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     write("hub/test.jsonl", [{"question": "q"}])
     folder = str(tmp_path / "hub")
-    assert list(prompts_module._hub_rows(folder, "test")) == [(f"{folder}[0]", {"question": "q"})]
+    assert list(_hub_rows(folder, "test")) == [(f"{folder}[0]", {"question": "q"})]
     with pytest.raises(DataError, match=r"does not load as a Hub data set either.*data.split \('train'\)"):
-        list(prompts_module._hub_rows(folder, "train"))
+        list(_hub_rows(folder, "train"))
 
 
 def test_hub_id_that_cannot_be_reached(plain, monkeypatch) -> None:

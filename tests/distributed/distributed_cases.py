@@ -21,12 +21,16 @@ from prune_opd.reporting.metrics import metrics_of, step_share
 from prune_opd.rollout.gathered import WholeWeightsSampler
 from prune_opd.rollout.local import LocalSampler
 from prune_opd.teachers.local import LocalTeacher
+from prune_opd.teachers.routed import RoutedTeacher
 from prune_opd.training.build import build_optimizer, build_window
+from prune_opd.training.moving_teacher import MovingTeacher
+from prune_opd.types import Prompt, TeacherPrompt
 from tests.families import EOS, PAD, VOCAB, tiny_model, tiny_prompts
 from tests.steps import step_of
 from tests.test_step import IN_FLIGHT, config_of, related
 
 STEPS = 3
+TWO_TEACHERS = [{"name": name, "model_name_or_path": "none"} for name in "ab"]
 CASES = {
     "window": {},
     "in-flight": IN_FLIGHT | {"pruning.in_flight.audit_share": 0.3},
@@ -44,6 +48,10 @@ CASES = {
     "one-prompt": {},
     "sharded-teacher": {"model.teacher_placement": "sharded", "training.micro_batch_tokens": 20},
     "sharded-full-logits": {"model.teacher_placement": "sharded", "objective.loss": "jsd", "pruning.enable": False},
+    "two-teachers": {"model.teachers": TWO_TEACHERS},
+    "two-teachers-in-flight": IN_FLIGHT | {"model.teachers": TWO_TEACHERS},
+    "sharded-two-teachers": {"model.teachers": TWO_TEACHERS, "model.teacher_placement": "sharded"},
+    "moving-teacher": {"model.lora.r": 2},
     "sharded-one-prompt": {"model.teacher_placement": "sharded"},
     "one-prompt-in-flight": IN_FLIGHT,
 }
@@ -69,24 +77,33 @@ def run_case(name, world, parallel="ddp"):
         shard(student)
     optimizer, window = build_optimizer(student, config)[0], build_window(config)
     shared = config.model.teacher_placement == "sharded" and world.size > 1
-    scorer = LocalTeacher(teacher, vocab_size=VOCAB, world=world if shared else ALONE)
-    if shared:
-        shard(teacher)
-        assert all(hasattr(p, "full_tensor") and len(p.to_local()) < len(p) for p in teacher.parameters() if len(p) > 1)
+    teachers = [teacher, related(teacher)] if config.model.teachers else [teacher]
+    scorers = [LocalTeacher(one, vocab_size=VOCAB, world=world if shared else ALONE) for one in teachers]
+    for one in teachers if shared else ():
+        shard(one)
+        assert all(hasattr(p, "full_tensor") and len(p.to_local()) < len(p) for p in one.parameters() if len(p) > 1)
+    mover = MovingTeacher(teacher, 0.5) if name == "moving-teacher" else None
+    prompts = tiny_prompts()[:1] if "one-prompt" in name else tiny_prompts()
+    if config.model.teachers:  # of two neighbours each: ranks have unequal shares of each teacher
+        prompts = [
+            Prompt("", tuple(p), None, "", teacher=TeacherPrompt([9, *p], i // 2 % 2)) for i, p in enumerate(prompts)
+        ]
     found = {"steps": [], "lengths": [], "effective": [], "ids": [], "rows": []}
     for step in range(STEPS):
         mine = step_of(
             step=step,
-            prompts=tiny_prompts()[:1] if "one-prompt" in name else tiny_prompts(),
+            prompts=prompts,
             student=student,
             sampler=sampler,
-            teacher=scorer,
+            teacher=RoutedTeacher(scorers) if config.model.teachers else scorers[0],
             optimizer=optimizer,
             window=window,
             vocab_size=VOCAB,
             config=config,
             world=world,
         )
+        if mover:
+            mover.follow(student)
         found["rows"].append(world.gather(len(mine.numbers)))
         share = merged(step_share(mine, config), world)
         ids = [
@@ -103,6 +120,8 @@ def run_case(name, world, parallel="ddp"):
             found["ids"].append(everyone.rows["ids"])
     found["gradients"] = {n: full_tensor(p.grad) for n, p in student.named_parameters() if p.grad is not None}
     found["weights"] = whole_weights(student, world)
+    if mover:
+        found["weights"] |= {f"teacher.{name}": weight for name, weight in mover.state_dict().items()}
     return found
 
 

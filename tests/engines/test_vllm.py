@@ -34,6 +34,7 @@ from prune_opd.teachers.local import LocalTeacher
 from prune_opd.teachers.served import ServedTeacher
 from prune_opd.timing import Stopwatch
 from prune_opd.training.trainer import Trainer
+from prune_opd.types import TeacherPrompt
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
 VOCAB, EOS, PAD, K = 149, 1, 0, 5
@@ -285,7 +286,7 @@ def test_stops_are_at_the_token_that_spent_reliability_whatever_the_chunk(sample
     pruning = PruningSection(
         threshold=0.6, in_flight={"enable": True, "chunk": chunk, "stop_after_events": stop_after, "audit_share": 0}
     )
-    stream = teacher.stream(prompts, length, top_k=K, slots=8)
+    stream = teacher.stream([TeacherPrompt(ids) for ids in prompts], length, top_k=K, slots=8)
     watcher = InFlightStop(stream, pruning, torch.zeros(12, dtype=torch.bool), Stopwatch(torch.device("cpu")))
     got = sampler.sample(prompts, uniforms, top_k=K, watcher=watcher)
     uncut = sampler.sample(prompts, uniforms, top_k=K, watcher=Onlooker(chunk))

@@ -8,6 +8,7 @@ import torch
 from prune_opd.rollout.base import rollout_uniforms
 from prune_opd.rollout.local import LocalSampler
 from prune_opd.teachers.local import LocalTeacher
+from prune_opd.types import TeacherPrompt
 from tests.families import EOS, FAMILIES, PAD, VOCAB, tiny_model, tiny_prompts
 
 T, K = 14, 4
@@ -27,7 +28,11 @@ class Reads:
 
 def sample(family, teacher=None, *, slots=3, every=5, seed=3):
     prompts = tiny_prompts()
-    watcher = Reads(teacher.stream(prompts, T, top_k=K, slots=slots), every) if teacher else None
+    watcher = (
+        Reads(teacher.stream([TeacherPrompt(ids) for ids in prompts], T, top_k=K, slots=slots), every)
+        if teacher
+        else None
+    )
     sampler = LocalSampler(tiny_model(family, seed), pad_id=PAD, eos_ids=[EOS], slots=slots)
     rollouts = sampler.sample(prompts, rollout_uniforms(0, 0, range(8), T), top_k=K, watcher=watcher)
     return rollouts, watcher

@@ -20,6 +20,7 @@ from prune_opd.serving.exchange import BadAnswer
 from prune_opd.teachers.local import LocalTeacher
 from prune_opd.teachers.served import GROWTH, ServedTeacher, parse_scores
 from prune_opd.timing import Stopwatch
+from prune_opd.types import TeacherPrompt
 from tests.families import EOS, PAD, VOCAB, tiny_model, tiny_prompts
 from tests.openai_server import serving
 from tests.teachers.test_local import K, check, sample
@@ -177,7 +178,7 @@ def test_rollouts_stop_where_the_local_teacher_stops_them_at_a_linear_cost(event
     )
 
     def run(teacher):
-        stream = teacher.stream(prompts, length, top_k=K, slots=3)
+        stream = teacher.stream([TeacherPrompt(ids) for ids in prompts], length, top_k=K, slots=3)
         watcher = InFlightStop(stream, pruning, torch.zeros(8, dtype=torch.bool), Stopwatch(torch.device("cpu")))
         sampler = LocalSampler(student, pad_id=PAD, eos_ids=[EOS], slots=3)
         rollouts = sampler.sample(prompts, rollout_uniforms(0, 0, range(8), length), top_k=K, watcher=watcher)
@@ -204,7 +205,7 @@ def test_the_geometric_schedule_keeps_the_total_linear(length):
     student, model, chunk = tiny_model("llama", seed=3), tiny_model("llama", seed=4), 4
     pruning = PruningSection(threshold=0, in_flight={"enable": True, "chunk": chunk, "stop_after_events": 1})
     with server_of(model) as server:
-        stream = teacher_of(server).stream([[5, 6]], length, top_k=K, slots=1)
+        stream = teacher_of(server).stream([TeacherPrompt([5, 6])], length, top_k=K, slots=1)
         watcher = InFlightStop(stream, pruning, torch.zeros(1, dtype=torch.bool), Stopwatch(torch.device("cpu")))
         sampler = LocalSampler(student, pad_id=PAD, eos_ids=[])
         sampler.sample([[5, 6]], rollout_uniforms(0, 0, range(1), length), top_k=K, watcher=watcher)

@@ -51,6 +51,14 @@ CONTROLS = [
     "control.kept_tokens=[9, 30, 20, 50]",
     "objective.weight_normalization=weight_mean",
 ]
+HINTED = [
+    *IN_FLIGHT,
+    "model.teacher_model_name_or_path=student",
+    "model.teacher_ema_decay=0.5",
+    "data.teacher_prompt_template={{ solution }} {{ prompt }}",
+    "data.max_teacher_prompt_length=240",
+    "training.learning_rate=1e-3",
+]
 SECONDS = ("time/", "eta_seconds")
 
 
@@ -76,7 +84,9 @@ def copy_of_student(folder) -> Path:
 
 
 @pytest.mark.parametrize(
-    "settings", [[], [*IN_FLIGHT, *BUDGET], CONTROLS], ids=["window", "in-flight with a budget", "controls"]
+    "settings",
+    [[], [*IN_FLIGHT, *BUDGET], CONTROLS, HINTED],
+    ids=["window", "in-flight with a budget", "controls", "a moving teacher that sees more"],
 )
 def test_a_run_that_was_cut_off_and_resumed_is_the_run_that_was_not(tmp_path, settings):
     run(tmp_path / "whole", *settings)

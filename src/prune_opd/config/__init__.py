@@ -1,27 +1,24 @@
 """Every setting of a run, how a recipe is read, and what may not be combined."""
 
 from prune_opd.config.load import load_config, parse_config, placed, with_settings
+from prune_opd.config.pair import DataSection, LoraSection, ModelSection, TeacherSection, TeacherServerSection
 from prune_opd.config.rules import settings_without_effect
 from prune_opd.config.schema import (
     Config,
     ControlSection,
-    DataSection,
     DynamicResponseLengthSection,
     EvaluationSection,
     InFlightSection,
-    LoraSection,
-    ModelSection,
     ObjectiveSection,
     PruningSection,
     RepetitionSection,
     RewardSection,
     RolloutSection,
-    Section,
-    TeacherServerSection,
     TrackingSection,
     TrainingSection,
     VLLMServerSection,
 )
+from prune_opd.config.section import Section
 from prune_opd.config.words import setting_names
 
 __all__ = [
@@ -39,6 +36,7 @@ __all__ = [
     "RewardSection",
     "RolloutSection",
     "Section",
+    "TeacherSection",
     "TeacherServerSection",
     "TrackingSection",
     "TrainingSection",

@@ -61,12 +61,18 @@ def _unread(config: Config) -> Iterator[tuple[str, str]]:
     if rollout.dtype == model.dtype:
         yield "rollout.dtype", f"the student's weights are {model.dtype} already (model.dtype)"
 
-    if model.teacher_model_server_url is None:
+    served = [one.teacher_is_served for one in config.each_teacher]
+    if not any(served):
         reason = "model.teacher_model_server_url is not set, so the teacher runs in this process"
         yield "model.teacher_server.*", reason
-    else:
+    if all(served):
         yield "model.teacher_dtype", "the teacher is served; its server chose the type"
         yield "model.teacher_placement", "the teacher is served, so no process holds it"
+
+    if not model.teachers:
+        yield "data.teacher_column", "model.teachers is not set, so there is one teacher"
+    if not config.teacher_reads_other_prompts:
+        yield "data.max_teacher_prompt_length", "the teacher reads the student's prompts"
 
     if reward.function is None:
         yield "reward.*", "reward.function is not set, so there is no task reward"
@@ -94,17 +100,21 @@ def _unread(config: Config) -> Iterator[tuple[str, str]]:
     elif config.evaluation.data.startswith(("task:", "reasoning_gym:")):
         yield "evaluation.split", "the task of evaluation.data has held-out problems of its own"
     if config.data.train.startswith("task:"):
-        worded = config.data.train != "task:chain_sum"  # its prompts are user turns, rendered as a row's would be
-        for name in ("split", "prompt_column", "answer_column") if worded else ("*",):
+        columns = ("split", "prompt_column", "answer_column")
+        # Prompts of the other tasks are user turns, rendered as a row's would be.
+        written = ("prompt_suffix", "chat_template_kwargs", "teacher_chat_template")
+        for name in columns + (written if config.data.train == "task:chain_sum" else ()):
             yield f"data.{name}", "the embedded task makes its own prompts"
 
 
 def conflicts(config: Config) -> Iterator[str]:
     """What in the settings contradicts itself or was not built, and what to change."""
     yield from _window_conflicts(config)
-    yield from _server_conflicts(config)
+    for one in config.each_teacher:
+        yield from _server_conflicts(one)
     yield from _reward_conflicts(config)
     yield from _control_conflicts(config)
+    yield from _teachers_conflicts(config)
     yield from _sharded_teacher_conflicts(config)
     yield from _attention_conflicts(config)
     yield from _training_conflicts(config)
@@ -192,8 +202,65 @@ def _control_conflicts(config: Config) -> Iterator[str]:
         )
 
 
+def _teachers_conflicts(config: Config) -> Iterator[str]:
+    """Several teachers, one that reads other prompts than the student, one that follows the student."""
+    model, data = config.model, config.data
+    names = [teacher.name for teacher in model.teachers]
+    sources = [source for teacher in model.teachers for source in teacher.data_sources]
+    for what, values in (("name", names), ("data source", sources)):
+        if twice := sorted({value for value in values if values.count(value) > 1}):
+            yield f"model.teachers has the {what} {twice[0]!r} twice; give each teacher its own"
+    if model.teachers and model.teacher_model_name_or_path != model.teachers[0].model_name_or_path:
+        yield (
+            "model.teacher_model_name_or_path and model.teachers name different teachers; leave the first out, and "
+            "list its teacher in model.teachers"
+        )
+    if model.teachers and model.teacher_model_server_url is not None:
+        yield (
+            "model.teacher_model_server_url is of a single teacher; give each of model.teachers a server_url of its own"
+        )
+    if data.teacher_prompt_template and data.teacher_prompt_column:
+        yield (
+            "data.teacher_prompt_template and data.teacher_prompt_column both say what the teacher reads; leave one of "
+            "them out (a template can name the column, as {{ teacher_prompt }})"
+        )
+    if data.teacher_prompt_column and data.train.startswith(("task:", "reasoning_gym:")):
+        yield (
+            f"data.teacher_prompt_column needs a data set with columns, and data.train is {data.train!r}; write "
+            "data.teacher_prompt_template, which may name prompt and answer"
+        )
+    several, other = bool(model.teachers), config.teacher_reads_other_prompts
+    reason = "model.teachers" if several else "a teacher that reads other prompts than the student"
+    if (several or other) and config.objective.vocabulary_loss:
+        yield (
+            f"objective.loss = {config.objective.loss!r} runs over the whole vocabulary, which was not built for "
+            f"{reason}; use topk_reverse_kl or sampled_token"
+        )
+    if several and config.calibrates:
+        yield 'pruning.threshold = "auto" was not built for model.teachers; set a number'
+    if model.teacher_ema_decay is None:
+        return
+    if several or model.teacher_model_server_url is not None or model.teacher_placement == "sharded":
+        yield (
+            "model.teacher_ema_decay needs one teacher, whole in each process; leave out model.teachers, "
+            "model.teacher_model_server_url and model.teacher_placement"
+        )
+    if config.rollout.ahead:
+        yield "model.teacher_ema_decay would move the teacher while rollout.ahead has it score; leave one of them out"
+    if model.teacher_dtype == "bfloat16":
+        yield (
+            'model.teacher_ema_decay was not built for model.teacher_dtype = "bfloat16", which rounds small moves to '
+            'nothing; set "float32"'
+        )
+    if model.teacher_model_name_or_path != model.model_name_or_path:
+        yield (
+            "model.teacher_ema_decay moves the weights of the teacher towards the student's, so both must begin as the "
+            f'same model: set model.teacher_model_name_or_path = "student" (it is {model.teacher_model_name_or_path!r})'
+        )
+
+
 def _sharded_teacher_conflicts(config: Config) -> Iterator[str]:
-    if config.model.teacher_placement != "sharded" or config.model.teacher_model_server_url is not None:
+    if config.model.teacher_placement != "sharded" or all(one.teacher_is_served for one in config.each_teacher):
         return
     alone = {
         "pruning.in_flight.enable = true": config.stops_in_flight,  # each rank asks at times of its own
@@ -222,7 +289,7 @@ def _attention_conflicts(config: Config) -> Iterator[str]:
             f"model.attn_implementation = {name!r} computes in half precision, and the student in float32; set "
             "training.bf16 = true, or write auto"
         )
-    if model.teacher_dtype == "float32" and model.teacher_model_server_url is None:
+    if model.teacher_dtype == "float32" and any(not one.teacher_is_served for one in config.each_teacher):
         yield (
             f"model.attn_implementation = {name!r} computes in half precision, and the teacher in float32; set "
             "model.teacher_dtype = 'bfloat16', or write auto"

@@ -6,131 +6,22 @@ Field names of `pruning` are those of the paper's release; other names follow TR
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Literal, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt
 
-from prune_opd.config.values import Address, Folder, Name, storable
+from prune_opd.config.pair import DataSection, ModelSection
+from prune_opd.config.section import Section
+from prune_opd.config.values import Address, Folder, Name
 from prune_opd.core.choices import (
     AfterDrift,
-    Attention,
     DriftMetric,
-    EndTokens,
     LossName,
     Normalization,
     RewardWeightMode,
     TopKStrategy,
     VocabularyLoss,
 )
-
-
-class Section(BaseModel):
-    """Unknown names are errors. Neither `true` nor "3" is a number. Nothing can be set after loading.
-
-    `examples` of a field are values that work, for messages, where its default shows none.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
-
-    @field_validator("*")
-    @classmethod
-    def _every_value_is_storable(cls, value: Any) -> Any:
-        return storable(value)
-
-
-class LoraSection(Section):
-    """Low-rank adapters through peft; the base weights stay frozen."""
-
-    r: PositiveInt = Field(16, description="Rank of the adapters.")
-    alpha: PositiveInt = Field(32, description="Scale of the adapters; the update is multiplied by alpha / r.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapters.")
-    target_modules: list[Name] | Literal["all-linear"] = Field("all-linear", description="Modules that get adapters.")
-
-
-class TeacherServerSection(Section):
-    """Requests to `model.teacher_model_server_url`. Their API key is the environment's PRUNE_OPD_SERVER_API_KEY."""
-
-    model: Name | None = Field(
-        None, examples=["owner/teacher"], description="Name of the teacher on the servers; unset, its own."
-    )
-    top_logprobs: PositiveInt = Field(
-        20, description="Teacher tokens asked for at each position; at most the servers' --max-logprobs."
-    )
-    timeout: float = Field(300.0, gt=0, description="Seconds of silence after which a request counts as lost.")
-    deadline: float = Field(1800.0, gt=0, description="Seconds within which a request must be answered, with retries.")
-    concurrency: PositiveInt = Field(8, description="Requests that one server holds at a time.")
-
-
-class ModelSection(Section):
-    """Student and teacher. `embedded:NAME` is a model that ships with the package."""
-
-    model_name_or_path: Name = Field(
-        examples=["embedded:low-student"],
-        description="Student: a folder or Hub id, also of a peft adapter, or embedded:NAME.",
-    )
-    teacher_model_name_or_path: Name = Field(
-        examples=["embedded:teacher"],
-        description="Teacher: a folder or Hub id, also of a peft adapter, or embedded:NAME.",
-    )
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the student's weights.")
-    teacher_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the teacher's weights.")
-    teacher_placement: Literal["replicated", "sharded"] = Field(
-        "replicated", description="Under torchrun, each process holds the whole teacher, or a shard (FSDP2)."
-    )
-    attn_implementation: Attention = Field(
-        "auto",
-        description="Attention over whole rollouts, as transformers names it, or torch's varlen; auto: flash or "
-        "flex_attention on a GPU, sdpa elsewhere.",
-    )
-    compile: bool = Field(
-        False, description="torch.compile for decoding, scoring and the update: slow to start, faster from then on."
-    )
-    liger_head: bool = Field(
-        False, description="Log-probs of the update from Liger's fused kernel; needs a CUDA GPU and prune-opd[liger]."
-    )
-    trust_remote_code: bool = Field(False, description="Run model code that ships with a checkpoint.")
-    lora: LoraSection | None = Field(
-        None, description="Train adapters instead of all weights; `false` where an extended recipe has some."
-    )
-    teacher_model_server_url: Address | list[Address] | None = Field(
-        None,
-        examples=["http://127.0.0.1:8000"],
-        description="Address of a vLLM server that scores in the teacher's place, or a list of replicas.",
-    )
-    teacher_server: TeacherServerSection = Field(default_factory=TeacherServerSection, description="Requests to it.")
-
-    @field_validator("lora", mode="before")
-    @classmethod
-    def _false_is_none(cls, value: Any) -> Any:
-        return None if value is False else value  # TOML has no null
-
-
-class DataSection(Section):
-    """Where prompts come from."""
-
-    train: Name = Field(
-        examples=["task:chain_sum"],
-        description="JSONL, parquet, local folder, Hub id, or task:chain_sum | running_sum | count_animals.",
-    )
-    split: Name = Field("train", description="Split of a data set that has several.")
-    prompt_column: Name | None = Field(
-        None, examples=["prompt"], description="Column with the prompt; found by itself when unset."
-    )
-    answer_column: Name | None = Field(
-        None, examples=["answer"], description="Column with the gold answer; found by itself when unset."
-    )
-    prompt_suffix: str = Field("", description="Added to each prompt, unless the prompt ends with it already.")
-    chat_template_kwargs: dict[str, Any] = Field(
-        {},
-        examples=[{"enable_thinking": False}],
-        description="Variables of the tokenizer's chat template, for example enable_thinking = false.",
-    )
-    max_prompt_length: PositiveInt = Field(1024, description="Prompts of more tokens are left out and counted.")
-    end_tokens: EndTokens = Field(
-        "auto",
-        description="Ids that end a response for student or teacher: one action (equivalent), or ids like any other "
-        "(distinct, the paper). auto: equivalent where the two models have different ones.",
-    )
 
 
 class VLLMServerSection(Section):
@@ -412,6 +303,34 @@ class Config(Section):
     def longest_row(self) -> int:
         """The most tokens of a prompt with its response in training."""
         return self.data.max_prompt_length + self.longest_response
+
+    @property
+    def each_teacher(self) -> list[Config]:
+        """The recipe as it would be with each of its teachers alone."""
+        alone = [
+            self.model.model_copy(
+                update={
+                    "teachers": [],
+                    "teacher_model_name_or_path": teacher.model_name_or_path,
+                    "teacher_model_server_url": teacher.server_url,
+                }
+            )
+            for teacher in self.model.teachers
+        ]
+        return [self.model_copy(update={"model": model}) for model in alone] or [self]
+
+    @property
+    def teacher_is_served(self) -> bool:
+        """Whether a server scores in the place of the teacher; see `each_teacher` for several."""
+        return self.model.teacher_model_server_url is not None
+
+    @property
+    def teacher_reads_other_prompts(self) -> bool:
+        """Whether the teacher reads something else than the student in front of a response."""
+        data = self.data
+        return (
+            bool(data.teacher_prompt_template or data.teacher_prompt_column) or data.teacher_chat_template != "student"
+        )
 
     @property
     def weighs_tokens(self) -> bool:

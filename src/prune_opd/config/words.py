@@ -10,18 +10,21 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args
+from typing import Annotated, Any, cast, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
 from prune_opd.config.rules import SECRET
-from prune_opd.config.schema import Config, Section
+from prune_opd.config.schema import Config
+from prune_opd.config.section import Section
 
 
 def section_of(setting: FieldInfo) -> type[Section] | None:
-    """The section that a setting is, optional or not; None for a value."""
+    """The section that a setting is, optional or not; None for a value, and for a list of sections."""
+    if get_origin(setting.annotation) is list:
+        return None
     types = get_args(setting.annotation) or (setting.annotation,)
     return next((t for t in types if isinstance(t, type) and issubclass(t, Section)), None)
 
@@ -208,6 +211,8 @@ def example_of(setting: FieldInfo | None) -> str | None:
 def _toml(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} = {_toml(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
     return json.dumps(value, ensure_ascii=False)
 
 

@@ -39,9 +39,9 @@ from prune_opd.training.build import (
     build_problems,
     build_prompts,
     build_sampler,
-    build_teacher,
     build_tokenizer,
 )
+from prune_opd.training.build_teachers import build_teacher, teacher_tokenizers
 from prune_opd.training.calibration import calibrate, calibration_text, with_known_threshold
 from prune_opd.training.environment import environment
 from prune_opd.training.files import check_writable, write_json
@@ -72,11 +72,16 @@ def build_pair(config: Config, prompts: Sequence[Prompt], tokenizer: PreTrainedT
             "a probe has the teacher write, and model.teacher_model_server_url names a server that only scores; leave "
             "it unset, so that the teacher is loaded into this process"
         )
+    if config.model.teachers or config.teacher_reads_other_prompts:
+        raise ConfigError(
+            "a probe was not built for model.teachers, nor for a teacher that reads other prompts than the student; "
+            "probe a recipe with one of them and the student's prompts"
+        )
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     device = models.resolve_device(config.training.device)
     student = models.load_student(config, device)
-    ends = build_ends(config, student, tokenizer)
+    ends = build_ends(config, student, tokenizer, teacher_tokenizers(config))
     teacher, vocab_size = build_teacher(config, student, tokenizer, None, device=device, ends=ends)
     assert isinstance(teacher, LocalTeacher)
     width = config.data.max_prompt_length + config.longest_response
@@ -94,8 +99,7 @@ def build_pair(config: Config, prompts: Sequence[Prompt], tokenizer: PreTrainedT
         sampler.keep_sampled_logprobs = True
     config, _ = with_known_threshold(config, Path())
     if config.pruning.threshold == "auto":
-        ids = [prompt.token_ids for prompt in prompts]
-        found = calibrate(config, ids, student=student, sampler=sampler, teacher=teacher, tokenizer=tokenizer)
+        found = calibrate(config, prompts, student=student, sampler=sampler, teacher=teacher, tokenizer=tokenizer)
         console.print(calibration_text(found), highlight=False)
         config = config.with_threshold(found["threshold"])
     return Pair(config, tokenizer, sampler, teacher, teacher_sampler, positions)
@@ -201,8 +205,9 @@ def probe(
     if json_path:
         check_writable(json_path.parent)
     config = with_settings(config, **{"model.compile": False, "evaluation.num_problems": problems})
-    tokenizer = build_tokenizer(config)
-    prompts = build_problems(config, tokenizer) or build_prompts(config, tokenizer).batch(0, problems)
+    of_teachers = teacher_tokenizers(config)
+    tokenizer = build_tokenizer(config, of_teachers)
+    prompts = build_problems(config, tokenizer) or build_prompts(config, tokenizer, of_teachers).batch(0, problems)
     check_gradable(prompts, "a probe", "name other problems with evaluation.data")
     most = len(prompts) * (1 + 2 * lengths * continuations)
     console.print(

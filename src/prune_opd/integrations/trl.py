@@ -49,7 +49,7 @@ from prune_opd.rollout.events import drift_events
 from prune_opd.rollout.in_flight import InFlightStop, audited
 from prune_opd.teachers.local import LocalTeacher
 from prune_opd.timing import Stopwatch
-from prune_opd.types import Rollouts, TeacherScores, TopK
+from prune_opd.types import Rollouts, TeacherPrompt, TeacherScores, TopK
 from prune_opd.update.losses import loss_sums, student_terms
 
 WINDOW_FILE = "prune_opd_window.json"
@@ -186,7 +186,8 @@ class PruneDistillationTrainer(DistillationTrainer):
         first = self.accelerator.process_index * batch
         in_flight = None
         if self.pruning.enable and self.pruning.in_flight.enable:
-            stream = self.teacher.stream(prompt_ids, cap, top_k=self.objective.top_k, slots=batch)
+            asked = [TeacherPrompt(ids) for ids in prompt_ids]
+            stream = self.teacher.stream(asked, cap, top_k=self.objective.top_k, slots=batch)
             audit = audited(self.args.seed, self._step, range(first, first + batch), self.pruning.in_flight.audit_share)
             in_flight = InFlightStop(stream, self.pruning, audit, Stopwatch(device))
         width = max(map(len, prompt_ids))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -29,8 +29,8 @@ from prune_opd.rewards import load_reward
 from prune_opd.rollout.events import drift_events
 from prune_opd.serving.client import Servers
 from prune_opd.teachers.local import LocalTeacher
-from prune_opd.teachers.served import ServedTeacher
-from prune_opd.training.build import build_ends, build_problems, build_prompts, build_sampler, build_teacher
+from prune_opd.training.build import build_ends, build_problems, build_prompts, build_sampler, build_tokenizer
+from prune_opd.training.build_teachers import build_teacher, served_teachers, teacher_tokenizers
 from prune_opd.training.calibration import (
     Written,
     candidates_along,
@@ -44,7 +44,7 @@ from prune_opd.types import Prompt, Rollouts
 T = TypeVar("T")
 Whose = Literal["teacher", "student"]
 Status = Literal["ok", "warning", "failed", "skipped"]
-Tokenizers = tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]
+Tokenizers = tuple[PreTrainedTokenizerBase, list[PreTrainedTokenizerBase]]  # the student's, and of each teacher
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def examine(config: Config, *, probe_prompts: int, tell: Callable[[Finding], Non
     prompts = attempt("prompts", _prompts, tokenizers)
     attempt("reward", _reward)
     fits = [attempt("positions", _positions), attempt("memory", check_memory)]
-    fits += [attempt(f"{whose}'s servers", functools.partial(_servers, whose)) for whose in _served(config)]
+    fits += [attempt(subject, check) for subject, check in _served(config)]
     if probe_prompts and all(fits):
         attempt("probe", _probe, tokenizers, prompts and prompts[:probe_prompts])
     elif probe_prompts:
@@ -105,36 +105,40 @@ def _device(config: Config, say: Tell) -> None:
     say("device", "ok", str(models.resolve_device(config.training.device)))
 
 
-def _names(config: Config) -> tuple[str, str]:
-    return config.model.model_name_or_path, config.model.teacher_model_name_or_path
+def _label(config: Config, number: int) -> str:
+    """What findings of a teacher are called by, where there are several."""
+    return f" ({config.model.teachers[number].name})" if config.model.teachers else ""
 
 
 def _tokenizers(config: Config, say: Tell) -> Tokenizers:
-    ours, theirs = (models.load_tokenizer(name, config.model) for name in _names(config))
-    models.check_token_maps(ours, theirs)
+    theirs = teacher_tokenizers(config)
+    ours = build_tokenizer(config, theirs)
     say("tokenizers", "ok", f"{len(ours.get_vocab()):,} tokens, each with the same id for student and teacher")
     return ours, theirs
 
 
 def _ends(config: Config, tokenizers: Tokenizers, say: Tell) -> None:
     """A base model and an instruct model often share a tokenizer, but not the token that ends an answer."""
-    tokenizer, choice = tokenizers[0], config.data.end_tokens
-    ours, theirs = (models.read_end_ids(name, tok) for name, tok in zip(_names(config), tokenizers, strict=True))
-    for_student, for_teacher = _quoted(ours, tokenizer), _quoted(theirs, tokenizer)
-    if ours == theirs:
-        pad = tokenizer.convert_ids_to_tokens(tokenizer.pad_token_id)
-        say("end of a response", "ok", f"{for_student} for the student and for the teacher; padding {pad!r}")
-        return
-    differ = f"the student ends a response with {for_student}, the teacher with {for_teacher}"
-    if models.one_end(ours, theirs, choice, tokenizer.eos_token_id):
-        say("end of a response", "ok", f"{differ}: they count as one action (data.end_tokens = {choice!r})")
-    else:
-        say(
-            "end of a response",
-            "warning",
-            f"{differ}, and data.end_tokens = {choice!r}: the teacher calls the student's end a mistake, the student "
-            "unlearns to end, and responses grow to the limit. Take data.end_tokens out",
-        )
+    (tokenizer, others), choice = tokenizers, config.data.end_tokens
+    ours = models.read_end_ids(config.model.model_name_or_path, tokenizer)
+    for number, (one, other) in enumerate(zip(config.each_teacher, others, strict=True)):
+        subject = f"end of a response{_label(config, number)}"
+        theirs = models.read_end_ids(one.model.teacher_model_name_or_path, other)
+        for_student, for_teacher = _quoted(ours, tokenizer), _quoted(theirs, tokenizer)
+        if ours == theirs:
+            pad = tokenizer.convert_ids_to_tokens(tokenizer.pad_token_id)
+            say(subject, "ok", f"{for_student} for the student and for the teacher; padding {pad!r}")
+            continue
+        differ = f"the student ends a response with {for_student}, the teacher with {for_teacher}"
+        if models.one_end(ours, theirs, choice, tokenizer.eos_token_id):
+            say(subject, "ok", f"{differ}: they count as one action (data.end_tokens = {choice!r})")
+        else:
+            say(
+                subject,
+                "warning",
+                f"{differ}, and data.end_tokens = {choice!r}: the teacher calls the student's end a mistake, the "
+                "student unlearns to end, and responses grow to the limit. Take data.end_tokens out",
+            )
 
 
 def _quoted(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -142,23 +146,32 @@ def _quoted(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _chat_templates(config: Config, tokenizers: Tokenizers, say: Tell) -> None:
-    ours, theirs = (tokenizer.chat_template for tokenizer in tokenizers)
-    if ours == theirs:
-        say("chat template", "ok", "the same for student and teacher" if ours else "none: prompts are plain text")
-    else:
-        which = (
-            "the student has none, so prompts are plain text" if not ours else "prompts are written with the student's"
-        )
-        say(
-            "chat template",
-            "warning",
-            f"student and teacher differ in it: {which}, and the teacher reads what it may not have been trained on. "
-            "Look at the first prompt below",
-        )
+    ours, chosen = tokenizers[0].chat_template, config.data.teacher_chat_template
+    for number, other in enumerate(tokenizers[1]):
+        subject, theirs = f"chat template{_label(config, number)}", other.chat_template
+        if ours == theirs and chosen != "student":
+            say(subject, "ok", f"data.teacher_chat_template = {chosen!r}; the tokenizers have the same")
+        elif ours == theirs:
+            say(subject, "ok", "the same for student and teacher" if ours else "none: prompts are plain text")
+        elif chosen == "student":
+            which = (
+                "the student has none, so prompts are plain text"
+                if not ours
+                else "prompts are written with the student's"
+            )
+            say(
+                subject,
+                "warning",
+                f"student and teacher differ in it: {which}, and the teacher reads what it may not have been trained "
+                'on. Look at the first prompt below, or set data.teacher_chat_template = "teacher"',
+            )
+        else:
+            whose = "its own" if chosen == "teacher" else chosen
+            say(subject, "ok", f"student and teacher differ in it: the teacher reads prompts written with {whose}")
 
 
 def _prompts(config: Config, tokenizers: Tokenizers, say: Tell) -> Sequence[Prompt]:
-    source = build_prompts(config, tokenizers[0])
+    source = build_prompts(config, *tokenizers)
     prompts = source.batch(0, config.rollout.prompts_per_step)
     problems = build_problems(config, tokenizers[0])
     held_out = (
@@ -174,6 +187,14 @@ def _prompts(config: Config, tokenizers: Tokenizers, say: Tell) -> Sequence[Prom
         f"{config.data.train}{dropped}{lost}; {held_out}. The first, {len(prompts[0].token_ids)} tokens: "
         f"{tokenizers[0].decode(prompts[0].token_ids)!r}",
     )
+    for number in range(len(tokenizers[1])):
+        own = [prompt.for_teacher.token_ids for prompt in prompts if prompt.for_teacher.teacher == number]
+        subject = f"what the teacher reads{_label(config, number)}"
+        if not own:
+            say(subject, "warning", f"none of the first {len(prompts)} prompts is its own")
+        elif config.model.teachers or config.teacher_reads_other_prompts:
+            text = f"{len(own)} of the first {len(prompts)} prompts. The first, {len(own[0])} tokens: "
+            say(subject, "ok", f"{text}{tokenizers[0].decode(own[0])!r}")
     return prompts
 
 
@@ -184,9 +205,12 @@ def _reward(config: Config, say: Tell) -> None:
 
 
 def _positions(config: Config, say: Tell) -> bool:
-    training = config.data.max_prompt_length + config.rollout.max_completion_length
-    evaluation = config.data.max_prompt_length + config.evaluation.max_tokens if config.evaluation.data else 0
-    for name, longest in zip(_names(config), (max(training, evaluation), training), strict=True):
+    response = config.rollout.max_completion_length
+    longest_response = max(response, config.evaluation.max_tokens if config.evaluation.data else 0)
+    needed = [(config.model.model_name_or_path, config.data.max_prompt_length + longest_response)]
+    for one in config.each_teacher:
+        needed.append((one.model.teacher_model_name_or_path, config.data.longest_for_teacher + response))
+    for name, longest in needed:
         model_config = read_model_config(name, config.model, local_files_only=False)
         if model_config is None:
             raise ModelError(
@@ -198,29 +222,34 @@ def _positions(config: Config, say: Tell) -> bool:
     return True
 
 
-def _served(config: Config) -> list[Whose]:
-    served: dict[Whose, Any] = {
-        "teacher": config.model.teacher_model_server_url,
-        "student": config.rollout.vllm_server_url if config.rollout.use_vllm else None,
-    }
-    return [whose for whose, urls in served.items() if urls is not None]
+def _served(config: Config) -> Iterator[tuple[str, Callable[..., bool]]]:
+    """Checks of the servers that the recipe names, by what their findings are called."""
+    rollout, response = config.rollout, config.rollout.max_completion_length
+    for number, one in enumerate(config.each_teacher):
+        if (urls := one.model.teacher_model_server_url) is not None:
+            model = one.model.teacher_server.model or one.model.teacher_model_name_or_path
+            longest = config.data.longest_for_teacher + response
+            subject = f"teacher's servers{_label(config, number)}"
+            yield subject, functools.partial(_servers, "teacher", subject, urls, model, longest)
+    if rollout.use_vllm and (urls := rollout.vllm_server_url) is not None:
+        model, longest = rollout.vllm_server.model or config.model.model_name_or_path, config.data.max_prompt_length
+        yield (
+            "student's servers",
+            functools.partial(_servers, "student", "student's servers", urls, model, longest + response),
+        )
 
 
-def _servers(whose: Whose, config: Config, say: Tell) -> bool:
+def _servers(
+    whose: Whose, subject: str, urls: str | list[str], model: str, longest: int, config: Config, say: Tell
+) -> bool:
     """Ask each server what it serves, for a few seconds: a run would wait for it much longer."""
-    longest = config.data.max_prompt_length + config.rollout.max_completion_length
-    if whose == "teacher":
-        urls, name, setting = config.model.teacher_model_server_url, config.model.teacher_server.model, "model.teacher"
-    else:
-        urls, name, setting = config.rollout.vllm_server_url, config.rollout.vllm_server.model, "rollout.vllm"
-    assert urls is not None
+    setting = "model.teacher_server.model" if whose == "teacher" else "rollout.vllm_server.model"
     servers = Servers(urls, timeout=SERVER_SECONDS, deadline=SERVER_SECONDS)
     try:
-        model = name or _names(config)[whose == "teacher"]
-        servers.check_model(model, longest + (whose == "teacher"), whose=whose, setting=f"{setting}_server.model")
+        servers.check_model(model, longest + (whose == "teacher"), whose=whose, setting=setting)
     finally:
         servers.close()
-    say(f"{whose}'s servers", "ok", f"{len(servers.replicas)} answer, and serve {model!r} with {longest} positions")
+    say(subject, "ok", f"{len(servers.replicas)} answer, and serve {model!r} with {longest} positions")
     return True
 
 
@@ -269,19 +298,19 @@ def _probe(config: Config, tokenizers: Tokenizers, prompts: Sequence[Prompt], sa
     disable_progress_bar()  # of transformers, which would draw over our lines
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
-    device, token_ids = models.resolve_device(config.training.device), [prompt.token_ids for prompt in prompts]
+    device = models.resolve_device(config.training.device)
     student = models.load_student(config, device)
     config = with_settings(config, **{"model.compile": False})  # would take minutes, for a few responses
-    ends = build_ends(config, student, tokenizers[0])
+    ends = build_ends(config, student, *tokenizers)
     teacher, vocab_size = build_teacher(config, student, tokenizers[0], None, device=device, ends=ends)
-    if isinstance(teacher, ServedTeacher):
-        say("teacher's answers", "ok", f"model, tokens and scores are as expected; {teacher.way}")
+    for served in served_teachers(teacher):
+        say("teacher's answers", "ok", f"model, tokens and scores are as expected; {served.way}")
     width = config.data.max_prompt_length + config.longest_response
     sampler = build_sampler(config, student, tokenizers[0], vocab_size=vocab_size, max_model_len=width, ends=ends)
-    by_student = student_written(config, token_ids, sampler, teacher)
+    by_student = student_written(config, prompts, sampler, teacher)
     _say_agreement("agreement, student's text", by_student, say)
     if isinstance(teacher, LocalTeacher):
-        by_teacher = teacher_written(config, token_ids, student, teacher, tokenizers[0])
+        by_teacher = teacher_written(config, prompts, student, teacher, tokenizers[0])
         _say_agreement("agreement, teacher's text", by_teacher, say)
         _say_endings(by_teacher.rollouts, student, teacher, tokenizers[0], say)
         config = _threshold(config, by_teacher, say)

@@ -21,7 +21,9 @@ from transformers import PreTrainedTokenizerBase
 
 from prune_opd.config import Config, parse_config, with_settings
 from prune_opd.config.values import MOST
-from prune_opd.data.prompts import ANSWER_COLUMNS, PROMPT_COLUMNS, PromptSet, first_row, load_prompts
+from prune_opd.data.columns import ANSWER_COLUMNS, PROMPT_COLUMNS
+from prune_opd.data.prompts import PromptSet, load_prompts
+from prune_opd.data.rows import first_row
 from prune_opd.errors import DataError, MissingColumnError, ModelError
 from prune_opd.models import loading as models
 from prune_opd.models.loading import read_model_config

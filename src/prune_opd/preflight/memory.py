@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,12 +83,13 @@ def estimate_memory(config: Config, device: torch.device | None = None) -> Memor
     settings, training = config.model, config.training
     device = device or resolve_device(training.device)
     student_config = model_shape(settings.model_name_or_path, settings)
-    teacher_config = model_shape(settings.teacher_model_name_or_path, settings)
-    if student_config is None or teacher_config is None:
-        return _memory_from_names(config, student_config, teacher_config)
+    here = [one.model.teacher_model_name_or_path for one in config.each_teacher if not one.teacher_is_served]
+    teachers = [model_shape(name, settings) for name in here]
+    if student_config is None or None in teachers:
+        shapes = [(settings.model_name_or_path, student_config), *zip(here, teachers, strict=True)]
+        return _memory_from_names(config, here, [name for name, shape in shapes if shape is None])
 
     student = _network(student_config, settings, settings.dtype)
-    teacher = _network(teacher_config, settings, settings.teacher_dtype)
     attention = attention_for(
         student,
         settings.attn_implementation,
@@ -111,7 +112,9 @@ def estimate_memory(config: Config, device: torch.device | None = None) -> Memor
         student_copy=_copy_bytes(config, student),
         gradients=trained,
         optimizer=2 * trained,
-        teacher=0 if settings.teacher_model_server_url else _bytes(teacher.parameters()),
+        teacher=sum(
+            _bytes(_network(shape, settings, settings.teacher_dtype).parameters()) for shape in teachers if shape
+        ),
         activations=activation_bytes(
             student_config,
             settings,
@@ -125,9 +128,16 @@ def estimate_memory(config: Config, device: torch.device | None = None) -> Memor
         cache_training=0
         if sampled_elsewhere
         else cache_bytes(student_config, config.rollout.dtype or settings.dtype, rollouts_at_once(config), width),
-        cache_teacher=cache_bytes(teacher_config, settings.teacher_dtype, config.rollout.slots, width)
-        if config.stops_in_flight
-        else 0,
+        cache_teacher=sum(
+            cache_bytes(
+                shape,
+                settings.teacher_dtype,
+                config.rollout.slots,
+                config.data.longest_for_teacher + config.longest_response,
+            )
+            for shape in teachers
+            if shape and config.stops_in_flight
+        ),
         cache_evaluation=0
         if sampled_elsewhere
         else cache_bytes(student_config, settings.dtype, *evaluation_at_once(config)),
@@ -146,19 +156,18 @@ def model_shape(name: str, settings: ModelSection) -> PretrainedConfig | None:
     return None
 
 
-def _memory_from_names(
-    config: Config, student_config: PretrainedConfig | None, teacher_config: PretrainedConfig | None
-) -> Memory:
-    """From the parameter counts in the models' names; the rest needs shapes that only config.json has."""
+def _memory_from_names(config: Config, teachers: Sequence[str], missing: Sequence[str]) -> Memory:
+    """From the parameter counts in the models' names; the rest needs shapes that only config.json has.
+
+    teachers: those in this process · missing: the models without a shape.
+    """
     settings = config.model
-    names = settings.model_name_or_path, settings.teacher_model_name_or_path
-    missing = [n for n, found in zip(names, (student_config, teacher_config), strict=True) if found is None]
-    student, teacher = (parameters_in_name(name) for name in names)
+    student, counts = parameters_in_name(settings.model_name_or_path), [parameters_in_name(name) for name in teachers]
+    teacher = None if None in counts else sum(count or 0 for count in counts)
     dtypes = settings.dtype, settings.teacher_dtype, config.rollout.dtype or settings.dtype
     in_student, in_teacher, in_copy = (getattr(torch, dtype).itemsize for dtype in dtypes)
     weights = None if student is None else student * in_student
     trained = None if settings.lora is not None else weights
-    served = settings.teacher_model_server_url is not None
     return Memory(
         source=f"the names of the models, because config.json of {' and '.join(missing)} is not on this machine",
         ahead=config.rollout.ahead,
@@ -166,8 +175,8 @@ def _memory_from_names(
         student_copy=None if student is None else student * in_copy if config.samples_from_copy else 0,
         gradients=trained,
         optimizer=None if trained is None else 2 * trained,
-        teacher=0 if served else None if teacher is None else teacher * in_teacher,
-        cache_teacher=None if config.stops_in_flight else 0,
+        teacher=None if teacher is None else teacher * in_teacher,
+        cache_teacher=None if config.stops_in_flight and teachers else 0,
         cache_evaluation=0 if config.evaluation.data is None or config.rollout.vllm_server_url is not None else None,
     )
 

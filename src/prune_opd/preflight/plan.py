@@ -88,6 +88,13 @@ def _served(urls: str | list[str]) -> str:
     return f"served at {urls if isinstance(urls, str) else ', '.join(urls)}"
 
 
+def _teacher_prompts(config: Config) -> str:
+    data = config.data
+    what = f"column {data.teacher_prompt_column!r}" if data.teacher_prompt_column else data.teacher_prompt_template
+    template = "" if data.teacher_chat_template == "student" else f", chat template: {data.teacher_chat_template}"
+    return f"{what or 'the same'}, at most {data.longest_for_teacher:,} tokens{template}"
+
+
 def _plan(config: Config, memory: Memory) -> Iterator[tuple[str, str]]:
     model, rollout, training = config.model, config.rollout, config.training
     lora = model.lora
@@ -96,9 +103,14 @@ def _plan(config: Config, memory: Memory) -> Iterator[tuple[str, str]]:
     if rollout.vllm_server_url is not None:
         rounded += f", sampled by vLLM {_served(rollout.vllm_server_url)}"
     yield "student", f"{model.model_name_or_path}, {trained} in {model.dtype}{rounded}"
-    urls = model.teacher_model_server_url
-    where = f"in {model.teacher_dtype}" if urls is None else _served(urls)
-    yield "teacher", f"{model.teacher_model_name_or_path}, frozen, {where}"
+    for number, one in enumerate(config.each_teacher):
+        name = f"teacher {model.teachers[number].name}" if model.teachers else "teacher"
+        urls = one.model.teacher_model_server_url
+        where = f"in {model.teacher_dtype}" if urls is None else _served(urls)
+        moves = "frozen" if model.teacher_ema_decay is None else f"follows the student ({model.teacher_ema_decay:g})"
+        yield name, f"{one.model.teacher_model_name_or_path}, {moves}, {where}"
+    if config.teacher_reads_other_prompts:
+        yield "teacher's prompts", _teacher_prompts(config)
     yield "prompts", f"{config.data.train}, at most {config.data.max_prompt_length:,} tokens each"
     rollouts = rollout.prompts_per_step * rollout.num_generations
     prompts = f"{rollout.prompts_per_step} prompts x {rollout.num_generations}"

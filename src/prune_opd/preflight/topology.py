@@ -66,12 +66,17 @@ def per_gpu(config: Config, memory: Memory, gpus: GPUs) -> PerGPU | None:
     if sharded_teacher:
         resident["teacher"] //= gpus.count
     update = {"activations": memory.activations or 0, "logits": memory.logits or 0}
-    names = config.model.model_name_or_path, config.model.teacher_model_name_or_path
     if shards > 1:
         half = config.training.bf16 and config.model.dtype == "float32"  # as `shard` gathers its layers
-        update["gathered weights"] = _gathered(config, names[0], student, config.model.dtype, half=half)
+        update["gathered weights"] = _gathered(
+            config, config.model.model_name_or_path, student, config.model.dtype, half=half
+        )
     if sharded_teacher and gpus.count > 1 and memory.teacher:
-        update["gathered teacher"] = _gathered(config, names[1], memory.teacher, config.model.teacher_dtype)
+        here = [one for one in config.each_teacher if not one.teacher_is_served]
+        update["gathered teacher"] = max(  # one is asked at a time
+            _gathered(one, one.model.teacher_model_name_or_path, memory.teacher, config.model.teacher_dtype)
+            for one in here
+        )
     rollout_settings = config.rollout
     rollout: dict[str, int] = {}
     kv_rollouts = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ def step_share(result: StepResult, config: Config) -> Share:
         "stopped": rollouts.stopped,
         "effective_length": drift.effective_length,
     }
+    if config.model.teachers:
+        rows |= teacher_rows(result)
     if result.rewards is not None:
         rows["reward"] = result.rewards
     if result.spent_at is not None:
@@ -48,6 +50,37 @@ def step_share(result: StepResult, config: Config) -> Share:
         **gap_sums,
     }
     return Share(result.numbers, rows, sums, peaks)
+
+
+def teacher_rows(result: StepResult) -> dict[str, Tensor | list[Any]]:
+    """Of each rollout (B,): the number of its teacher, and sums over its tokens of overlap, events and weight."""
+    rollouts, mask = result.rollouts, result.rollouts.response_mask
+    assert rollouts.student is not None and rollouts.teacher_prompts is not None
+    overlap = topk_overlap(rollouts.student.ids, result.scores.topk.ids).double().masked_fill(~mask, 0)
+    return {
+        "teacher": torch.tensor([prompt.teacher for prompt in rollouts.teacher_prompts], dtype=torch.long),
+        "overlap": overlap.sum(-1),
+        "events": (result.events & mask).sum(-1),
+        "weight": result.weight.double().sum(-1),
+    }
+
+
+def teacher_metrics(rows: Any, names: Sequence[str], budget: int) -> Iterator[tuple[str, float]]:
+    """The same numbers as of a step, of the rollouts of each teacher; of one that was not asked, only that."""
+    for number, name in enumerate(names):
+        own = rows["teacher"] == number
+        yield f"teacher/{name}/rollouts", int(own.sum())
+        if not own.any():
+            continue
+        lengths, finished = rows["length"].cpu()[own], rows["finished"].cpu()[own]
+        tokens = int(lengths.sum())
+        for quantity, row in (("overlap_ratio", "overlap"), ("events", "events"), ("loss_weight_mean", "weight")):
+            yield f"teacher/{name}/{quantity}", rows[row].cpu()[own].sum().item() / tokens
+        effective = rows["effective_length"].cpu()[own].double()
+        yield f"teacher/{name}/effective_response_length_mean", effective.mean().item()
+        yield f"teacher/{name}/mean_length", lengths.double().mean().item()
+        yield f"teacher/{name}/eos_rate", finished.double().mean().item()
+        yield f"teacher/{name}/tokens_saved", int((budget - lengths)[~finished].sum())
 
 
 def distillation_sums(rollouts: Rollouts, scores: TeacherScores) -> dict[str, Tensor]:
@@ -189,6 +222,8 @@ def metrics_of(result: StepResult, config: Config, share: Share | None = None) -
     }
     if config.rollout.token_budget is not None:
         record["rollout/prompts"] = len(lengths) // config.rollout.num_generations
+    if "teacher" in rows:
+        record |= teacher_metrics(rows, [teacher.name for teacher in config.model.teachers], budget)
     if change:
         record["prune_opd/effective_response_length_hit_ratio"] = change.hit_ratio
     if "engine_gap" in sums:

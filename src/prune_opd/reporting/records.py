@@ -226,7 +226,7 @@ class TeacherProbe(Record):
 
 
 class Settings(Record):
-    """config.json, whose fields are those of `config/schema.py`."""
+    """config.json, whose fields are those of `config.Config`."""
 
 
 LOG_KINDS: dict[str, type[StepRecord]] = {

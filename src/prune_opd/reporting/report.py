@@ -28,6 +28,14 @@ from prune_opd.reporting.saturation import when_saturated
 from prune_opd.reporting.statistics import difference, evaluation_curve, seconds_to, summary
 from prune_opd.reporting.wording import duration, flattened, percent
 
+OF_TEACHER = {
+    "overlap": "overlap_ratio",
+    "events": "events",
+    "reliable tokens": "effective_response_length_mean",
+    "length": "mean_length",
+    "own endings": "eos_rate",
+}
+"""Columns of the table of teachers, by the metric teacher/NAME/... that they show."""
 ROLLOUT_BYTES = 2_500_000  # of rollouts in the page, all runs together; the rest of a page stays below as much again
 
 
@@ -65,6 +73,7 @@ def render(runs: Sequence[Run]) -> str:
         saturated=[(run.name, said) for run in runs for said in when_saturated(run.steps)],
         missing=[(run.name, note) for run in runs for note in missing(run)],
         probes=list(probes(runs)),
+        teachers=list(teachers_table(runs)),
         settings=settings_table(runs),
         data=data,
         script=script,
@@ -157,6 +166,24 @@ def _arm_row(arm: str, runs: list[Run]) -> dict[str, Any]:
             *(config[section] for section in ("model", "data", "evaluation")),
         ),
     }
+
+
+def teachers_table(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+    """A row for each teacher of the runs that have several; numbers of the first and last step that asked it."""
+    for run in runs:
+        for teacher in run.config["model"]["teachers"]:
+            prefix = f"teacher/{teacher['name']}/"
+            asked = [step for step in run.steps if step.get(f"{prefix}rollouts")]
+            yield {
+                "run": run.name,
+                "teacher": teacher["name"],
+                "rollouts": sum(step[f"{prefix}rollouts"] for step in asked),
+                "saved": sum(step[f"{prefix}tokens_saved"] for step in asked),
+                "change": {
+                    name: (asked[0][prefix + key], asked[-1][prefix + key]) if asked else None
+                    for name, key in OF_TEACHER.items()
+                },
+            }
 
 
 def verdict(arms: Sequence[dict[str, Any]]) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from prune_opd.rollout.base import Sampler, rollout_uniforms
 from prune_opd.rollout.in_flight import InFlightStop, audited
 from prune_opd.teachers.base import Teacher
 from prune_opd.timing import Stopwatch
-from prune_opd.types import Rollouts
+from prune_opd.types import Prompt, Rollouts
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Sampled:
 
 def sample_rollouts(
     step: int,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     max_length: int,
     sampler: Sampler,
     teacher: Teacher,
@@ -42,19 +42,20 @@ def sample_rollouts(
 ) -> Sampled:
     """This rank's share of a step's rollouts, of at most `max_length` tokens."""
     rollout, pruning, top_k, seed = config.rollout, config.pruning, config.objective.top_k, config.training.seed
-    numbers = world.partition([len(prompt) + max_length for prompt in prompts])
-    prompts = [prompts[number] for number in numbers]
+    numbers = world.partition([len(prompt.token_ids) + max_length for prompt in prompts])
+    mine = [prompts[number] for number in numbers]
+    asked = [prompt.for_teacher for prompt in mine]
     audit = audited(seed, step, numbers, pruning.in_flight.audit_share)
     in_flight = None
-    if config.stops_in_flight and prompts:
-        stream = teacher.stream(prompts, max_length, top_k=top_k, slots=rollout.slots)
+    if config.stops_in_flight and mine:
+        stream = teacher.stream(asked, max_length, top_k=top_k, slots=rollout.slots)
         in_flight = InFlightStop(stream, pruning, audit, watch)
     rollouts = sampler.sample(
-        prompts,
+        [prompt.token_ids for prompt in mine],
         rollout_uniforms(seed, step, numbers, max_length),
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=top_k,
         watcher=in_flight,
     )
-    return Sampled(numbers, audit, in_flight, rollouts)
+    return Sampled(numbers, audit, in_flight, replace(rollouts, teacher_prompts=asked))

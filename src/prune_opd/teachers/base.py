@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prune_opd.core.head import OutputHead
 from prune_opd.models.packing import Packed
-from prune_opd.types import Rollouts, Span, TeacherScores, TopK
+from prune_opd.types import Rollouts, Span, TeacherPrompt, TeacherScores, TopK
 
 
 class TeacherStream(Protocol):
@@ -18,6 +18,9 @@ class TeacherStream(Protocol):
     growth: float
     """A rollout is scored again once it is this many times as long as before: 1, at every look, where the prefix is
     kept; more where each request reads the rollout from its start, so that the total stays linear in its length."""
+
+    scores: TeacherScores | None
+    """Of everything so far, filled in place; whoever has room for them already sets it before the first look."""
 
     def score(self, response_ids: Tensor, student: TopK, spans: Sequence[Span]) -> TeacherScores:
         """Score the new tokens; returns the scores of everything so far, (B, T) like `response_ids` (B, T)."""
@@ -42,6 +45,6 @@ class Teacher(Protocol):
         """
         ...
 
-    def stream(self, prompts: Sequence[Sequence[int]], length: int, *, top_k: int, slots: int) -> TeacherStream:
+    def stream(self, prompts: Sequence[TeacherPrompt], length: int, *, top_k: int, slots: int) -> TeacherStream:
         """Start scoring rollouts of at most `length` tokens, of which at most `slots` are unfinished at a time."""
         ...

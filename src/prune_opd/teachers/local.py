@@ -15,7 +15,7 @@ from prune_opd.models.causal_lm import compiled, hidden_states, output_head, use
 from prune_opd.models.packed_attention import packed_states, packing_of, use_packed_attention
 from prune_opd.models.packing import Packed, pack
 from prune_opd.models.slot_cache import SLOT_ATTENTION, SlotCache
-from prune_opd.types import Rollouts, Span, TeacherScores, TopK
+from prune_opd.types import Rollouts, Span, TeacherPrompt, TeacherScores, TopK
 
 
 class LocalTeacher:
@@ -52,9 +52,9 @@ class LocalTeacher:
         self.read(scores, rollouts)
         return replace(scores, scored=int(rollouts.lengths.sum()))
 
-    def stream(self, prompts: Sequence[Sequence[int]], length: int, *, top_k: int, slots: int) -> LocalStream:
+    def stream(self, prompts: Sequence[TeacherPrompt], length: int, *, top_k: int, slots: int) -> LocalStream:
         """See `Teacher.stream`."""
-        return LocalStream(self, prompts, length, top_k=top_k, slots=slots)
+        return LocalStream(self, [prompt.token_ids for prompt in prompts], length, top_k=top_k, slots=slots)
 
     @torch.no_grad()
     def before_head(self, part: Packed) -> tuple[Tensor, OutputHead]:
@@ -64,7 +64,7 @@ class LocalTeacher:
     def read(self, scores: TeacherScores, rollouts: Rollouts) -> None:
         """Fill in the scores of all kept tokens, in packed forwards of whole rollouts."""
         assert rollouts.student is not None
-        parts, head = pack(rollouts, self.token_budget, **self.packing), output_head(self.model)
+        parts, head = pack(rollouts.for_teacher, self.token_budget, **self.packing), output_head(self.model)
         for part in self.world.equal_count(parts, Packed.empty(rollouts.response_ids.device)):
             hidden = self._packed_states(part)
             if len(hidden):

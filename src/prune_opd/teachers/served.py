@@ -49,7 +49,7 @@ from prune_opd.serving.client import Replica, Servers
 from prune_opd.serving.exchange import BadAnswer, Unanswered
 from prune_opd.serving.probe import probe_ids
 from prune_opd.teachers.local import empty_scores
-from prune_opd.types import Rollouts, Span, TeacherScores, TopK
+from prune_opd.types import Rollouts, Span, TeacherPrompt, TeacherScores, TopK
 
 GROWTH = 1.5
 """A rollout is scored again once it is this many times as long. The looks on the way read at most GROWTH / (GROWTH - 1)
@@ -114,14 +114,15 @@ class ServedTeacher:
     def score(self, rollouts: Rollouts, *, top_k: int) -> TeacherScores:
         """See `Teacher.score`. Raises ServerError; never returns partial scores."""
         assert rollouts.student is not None, "the teacher scores the student's candidates: sample with top_k > 0"
-        stream = self.stream(rollouts.prompts, rollouts.response_ids.shape[1], top_k=top_k, slots=0)
+        self.servers.doubt()
+        stream = ServedStream(self, rollouts.for_teacher.prompts, top_k)
         spans = [Span(b, 0, n, ended=True) for b, n in enumerate(rollouts.lengths.tolist()) if n > 0]
         return stream.score(rollouts.response_ids, rollouts.student, spans)
 
-    def stream(self, prompts: Sequence[Sequence[int]], length: int, *, top_k: int, slots: int) -> ServedStream:
+    def stream(self, prompts: Sequence[TeacherPrompt], length: int, *, top_k: int, slots: int) -> ServedStream:
         """See `Teacher.stream`. Replicas are probed again first: one may have been restarted since the last step."""
         self.servers.doubt()
-        return ServedStream(self, prompts, top_k)
+        return ServedStream(self, [prompt.token_ids for prompt in prompts], top_k)
 
     def before_head(self, part: Packed) -> tuple[Tensor, OutputHead]:
         """Not to be had over this API; the configuration refuses the losses that need it."""

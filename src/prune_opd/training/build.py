@@ -18,12 +18,10 @@ from prune_opd.core.window import LengthSchedule, TrainingWindow
 from prune_opd.data.source import DatasetSource, PromptSource, held_out_prompts, training_prompts
 from prune_opd.distributed import sharding as distributed
 from prune_opd.distributed.world import ALONE, World
-from prune_opd.errors import CheckpointError, EngineError, ModelError
+from prune_opd.errors import EngineError
 from prune_opd.evaluation.evaluate import response_texts
 from prune_opd.models import loading as models
 from prune_opd.models.causal_lm import output_head
-from prune_opd.models.loading import read_model_config
-from prune_opd.reporting.records import TeacherProbe, read_object
 from prune_opd.rewards import GRADE, load_reward
 from prune_opd.rollout.ahead import RolloutsAhead
 from prune_opd.rollout.base import Sampler
@@ -32,25 +30,28 @@ from prune_opd.rollout.local import LocalSampler
 from prune_opd.rollout.sample import Sampled, sample_rollouts
 from prune_opd.rollout.served import ServedSampler
 from prune_opd.rollout.student_copy import StudentCopy
-from prune_opd.rollout.transcript import listed_for
 from prune_opd.rollout.vllm import VLLMSampler
 from prune_opd.serving.client import Servers
 from prune_opd.step import Run
 from prune_opd.teachers.base import Teacher
 from prune_opd.teachers.local import LocalTeacher
-from prune_opd.teachers.served import ServedTeacher
 from prune_opd.timing import Stopwatch
+from prune_opd.training.build_teachers import (
+    build_moving_teacher,
+    build_teacher,
+    build_view,
+    served_teachers,
+    teacher_tokenizers,
+)
 from prune_opd.training.calibration import calibrate, calibration_text
 from prune_opd.training.checkpoint import load_weights
 from prune_opd.training.environment import seed_everything
-from prune_opd.training.files import write_json
+from prune_opd.training.moving_teacher import MovingTeacher
 from prune_opd.types import Prompt, Rollouts
 from prune_opd.update.student_update import StudentUpdate
 from prune_opd.update.weights import token_weights
 
 TaskReward = Callable[[Sequence[Prompt], Sequence[int], Rollouts], Tensor]
-
-TEACHER_PROBE = "teacher_probe.json"
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Parts:
 
     config: the recipe, with the threshold where it was "auto" · problems: those held out for evaluation · reward: of
     the task, or None · sampler: of the weights as they are, for evaluation; `run.sampler` may sample from a copy ·
-    calibration: what an "auto" threshold was found from.
+    calibration: what an "auto" threshold was found from · moving_teacher: what moves the teacher, where it does.
     """
 
     config: Config
@@ -72,7 +73,13 @@ class Parts:
     optimizer: torch.optim.AdamW
     schedule: torch.optim.lr_scheduler.LambdaLR
     calibration: dict[str, Any] | None
+    moving_teacher: MovingTeacher | None
     run: Run
+
+    @property
+    def teacher_bytes(self) -> int:
+        """What a checkpoint holds of the teacher."""
+        return sum(w.nbytes for w in self.moving_teacher.state_dict().values()) if self.moving_teacher else 0
 
 
 def build_parts(
@@ -92,8 +99,9 @@ def build_parts(
         torch.set_num_threads(config.training.threads)
     seed_everything(config.training.seed)
     device = models.resolve_device(config.training.device)
-    tokenizer = build_tokenizer(config)
-    prompts = build_prompts(config, tokenizer)
+    theirs = teacher_tokenizers(config)
+    tokenizer = build_tokenizer(config, theirs)
+    prompts = build_prompts(config, tokenizer, theirs)
     reward = build_reward(config, tokenizer)
     problems = build_problems(config, tokenizer)
     student = models.load_student(config, device)
@@ -102,17 +110,17 @@ def build_parts(
     longest = max(config.rollout.max_completion_length, config.evaluation.max_tokens if problems else 0)
     max_model_len = config.data.max_prompt_length + longest
     models.check_context(student.config, config.model.model_name_or_path, max_model_len)
-    ends = build_ends(config, student, tokenizer)
+    ends = build_ends(config, student, tokenizer, theirs)
     if ends:
         console.print(ends_text(ends, tokenizer), highlight=False)
     teacher, vocab_size = build_teacher(config, student, tokenizer, run_dir, device=device, ends=ends, world=world)
-    if isinstance(teacher, ServedTeacher):
-        console.print(teacher.way, highlight=False)
+    for served in served_teachers(teacher):
+        console.print(served.way, highlight=False)
     sampler = build_sampler(
         config, student, tokenizer, vocab_size=vocab_size, max_model_len=max_model_len, ends=ends, world=world
     )
     if config.calibrates:  # before the student is sharded; every rank measures the same
-        first = [prompt.token_ids for prompt in prompts.batch(0, config.rollout.prompts_per_step)]
+        first = prompts.batch(0, config.rollout.prompts_per_step)
         assert isinstance(teacher, LocalTeacher)  # config/rules.py lets no other
         calibration = world.gather(
             calibrate(config, first, student=student, sampler=sampler, teacher=teacher, tokenizer=tokenizer)
@@ -140,26 +148,45 @@ def build_parts(
         ahead=ahead,
         budget=budget,
     )
-    return Parts(config, tokenizer, prompts, problems, reward, student, sampler, optimizer, schedule, calibration, run)
+    return Parts(
+        config,
+        tokenizer,
+        prompts,
+        problems,
+        reward,
+        student,
+        sampler,
+        optimizer,
+        schedule,
+        calibration,
+        build_moving_teacher(config, teacher),
+        run,
+    )
 
 
-def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """The student's; TokenizerError when the teacher's gives tokens other ids."""
-    names = config.model.model_name_or_path, config.model.teacher_model_name_or_path
-    tokenizer = models.load_tokenizer(names[0], config.model)
-    models.check_token_maps(tokenizer, models.load_tokenizer(names[1], config.model))
+def build_tokenizer(config: Config, theirs: Sequence[PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
+    """The student's; TokenizerError when a teacher's gives tokens other ids. theirs: `teacher_tokenizers`."""
+    tokenizer = models.load_tokenizer(config.model.model_name_or_path, config.model)
+    for other in theirs:
+        models.check_token_maps(tokenizer, other)
     return tokenizer
 
 
-def build_ends(config: Config, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def build_ends(
+    config: Config,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    theirs: Sequence[PreTrainedTokenizerBase],
+) -> tuple[int, ...]:
     """The ids that count as one end, by `data.end_tokens`; the student then ends a response with each of them.
 
-    They are written into its generation settings, so that they are saved with it.
+    They are written into its generation settings, so that they are saved with it. theirs: `teacher_tokenizers`.
     """
-    name = config.model.teacher_model_name_or_path
+    names = [one.model.teacher_model_name_or_path for one in config.each_teacher]
     ours = models.end_ids(student.generation_config, tokenizer)
-    theirs = models.read_end_ids(name, models.load_tokenizer(name, config.model))
-    ends = models.one_end(ours, theirs, config.data.end_tokens, tokenizer.eos_token_id)
+    of_teachers = [models.read_end_ids(name, other) for name, other in zip(names, theirs, strict=True)]
+    every = sorted({number for ids in of_teachers for number in ids})
+    ends = models.one_end(ours, every, config.data.end_tokens, tokenizer.eos_token_id)
     if ends:
         student.generation_config.eos_token_id = list(ends)
     return ends
@@ -171,9 +198,15 @@ def ends_text(ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return f"student and teacher end with different ids; {named} count as one action (data.end_tokens)"
 
 
-def build_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptSource:
-    """What the student is trained on; DataError where the recipe's reward grades and a prompt has no gold answer."""
-    prompts = training_prompts(config.data, tokenizer, seed=config.training.seed)
+def build_prompts(
+    config: Config, tokenizer: PreTrainedTokenizerBase, theirs: Sequence[PreTrainedTokenizerBase]
+) -> PromptSource:
+    """What the student is trained on, and what its teachers read of it. theirs: `teacher_tokenizers`.
+
+    DataError where the recipe's reward grades and a prompt has no gold answer.
+    """
+    view = build_view(config, tokenizer, theirs)
+    prompts = training_prompts(config.data, tokenizer, seed=config.training.seed, view=view)
     if config.reward.function == GRADE and isinstance(prompts, DatasetSource):
         prompts.check_gradable()
     return prompts
@@ -279,80 +312,6 @@ def build_sampler(
     )
 
 
-def build_teacher(
-    config: Config,
-    student: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    run_dir: Path | None,
-    *,
-    device: torch.device,
-    ends: Sequence[int] = (),
-    world: World = ALONE,
-) -> tuple[Teacher, int]:
-    """The teacher, and how many ids it shares with the student.
-
-    world: the ranks that share it, where `model.teacher_placement` says so.
-
-    Raises ModelError, TokenizerError or ServerError when it does not fit the student or the recipe, or is another
-    served teacher than the one that this run directory, where there is one, began with.
-    """
-    settings, top_k = config.model, config.objective.top_k
-    name = settings.teacher_model_name_or_path
-    longest = config.data.max_prompt_length + config.rollout.max_completion_length
-    if settings.teacher_model_server_url is None:
-        longest_row = config.longest_row
-        shared = settings.teacher_placement == "sharded" and world.size > 1
-        model = models.load_model(
-            name, settings, dtype=settings.teacher_dtype, device=device, longest=longest_row, on_cpu=shared
-        )
-        models.check_context(model.config, name, longest)
-        vocab_size = models.shared_vocab_size(student, model.get_output_embeddings().weight.shape[0], top_k)
-        models.check_ends(ends, vocab_size)
-        if not shared:
-            return LocalTeacher(model, vocab_size=vocab_size, ends=ends, compile=settings.compile), vocab_size
-        local = LocalTeacher(model, vocab_size=vocab_size, ends=ends, world=world)
-        distributed.shard(model, device=device)
-        return local, vocab_size
-    teacher_config = read_model_config(name, settings, local_files_only=False)
-    if teacher_config is None:
-        raise ModelError(
-            f"config.json of the served teacher {name!r} cannot be read: not a folder, not on the Hub, or no network. "
-            "Set model.teacher_model_name_or_path to a folder with its config.json and tokenizer"
-        )
-    vocab_size = models.shared_vocab_size(student, teacher_config.get_text_config().vocab_size, top_k)
-    models.check_ends(ends, vocab_size)
-    served = settings.teacher_server
-    if served.top_logprobs < (listed := listed_for(top_k, ends)):
-        raise ModelError(
-            f"model.teacher_server.top_logprobs = {served.top_logprobs} is too few: {len(ends)} ids that end a "
-            f"response count as one, so {listed} are needed for the {top_k} likeliest; raise it, and the servers' "
-            "--max-logprobs"
-        )
-    servers = Servers(
-        settings.teacher_model_server_url,
-        timeout=served.timeout,
-        deadline=served.deadline,
-        concurrency=served.concurrency,
-    )
-    teacher = ServedTeacher(
-        servers,
-        model=served.model or name,
-        vocab_size=vocab_size,
-        top_logprobs=min(served.top_logprobs, vocab_size),
-        ends=ends,
-    )
-    probe = run_dir / TEACHER_PROBE if run_dir else None
-    known = read_object(probe, TeacherProbe, CheckpointError)["logprobs"] if probe and probe.exists() else None
-    teacher.check(tokenizer, longest, known)
-    return teacher, vocab_size
-
-
-def remember_teacher(teacher: Teacher, run_dir: Path) -> None:
-    """Write down how a served teacher scored its probe, so that a resumed run notices another one."""
-    if isinstance(teacher, ServedTeacher):
-        write_json(run_dir / TEACHER_PROBE, {"logprobs": teacher.fingerprint})
-
-
 def build_window(config: Config) -> TrainingWindow | LengthSchedule | None:
     """What sets the response length of each step; None when it is fixed."""
     if config.control.lengths:
@@ -412,9 +371,9 @@ def build_rollouts(
         return student_copy, None
 
     def sample(step: int, max_length: int, sampler: LocalSampler) -> Sampled:
-        token_ids = [prompt.token_ids for prompt in prompts_of(prompts, config, step, budget)]
+        asked = prompts_of(prompts, config, step, budget)
         watch = Stopwatch(sampler.model.device)  # its seconds are not time that the step waited
-        return sample_rollouts(step, token_ids, max_length, sampler, teacher, config, watch, world)
+        return sample_rollouts(step, asked, max_length, sampler, teacher, config, watch, world)
 
     return student_copy, RolloutsAhead(student_copy, sample, steps=config.training.steps)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from prune_opd.rollout.base import Sampler, rollout_uniforms
 from prune_opd.rollout.local import LocalSampler
 from prune_opd.teachers.base import Teacher
 from prune_opd.teachers.local import LocalTeacher
-from prune_opd.types import Rollouts, TopK
+from prune_opd.types import Prompt, Rollouts, TopK
 
 CALIBRATION = "calibration.json"
 CALIBRATION_STREAM = 4  # of random numbers; 0 to 3 are training, evaluation, audits and the random control
@@ -63,18 +63,22 @@ class Written:
         }
 
 
-def student_written(config: Config, prompts: Sequence[Sequence[int]], sampler: Sampler, teacher: Teacher) -> Written:
+def student_written(config: Config, prompts: Sequence[Prompt], sampler: Sampler, teacher: Teacher) -> Written:
     """The student's responses of up to the longest that training allows, and the teacher's candidates along them."""
     rollouts = sampler.sample(
-        prompts, _uniforms(config, prompts), temperature=config.rollout.temperature, top_k=config.objective.top_k
+        [prompt.token_ids for prompt in prompts],
+        _uniforms(config, prompts),
+        temperature=config.rollout.temperature,
+        top_k=config.objective.top_k,
     )
     assert rollouts.student is not None
-    return Written(rollouts, rollouts.student, teacher.score(rollouts, top_k=config.objective.top_k).topk)
+    asked = replace(rollouts, teacher_prompts=[prompt.for_teacher for prompt in prompts])
+    return Written(rollouts, rollouts.student, teacher.score(asked, top_k=config.objective.top_k).topk)
 
 
 def teacher_written(
     config: Config,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     student: torch.nn.Module,
     teacher: LocalTeacher,
     tokenizer: PreTrainedTokenizerBase,
@@ -88,9 +92,11 @@ def teacher_written(
         ends=teacher.ends,
         slots=config.rollout.slots,
     )
-    rollouts = sampler.sample(prompts, _uniforms(config, prompts), top_k=config.objective.top_k)
+    asked = [prompt.for_teacher.token_ids for prompt in prompts]
+    rollouts = sampler.sample(asked, _uniforms(config, prompts), top_k=config.objective.top_k)
     assert rollouts.student is not None  # whoever samples keeps its candidates there; here it is the teacher
-    seen = candidates_along(student, rollouts, config.objective.top_k, teacher.vocab_size, ends=teacher.ends)
+    read = replace(rollouts, prompts=[prompt.token_ids for prompt in prompts])
+    seen = candidates_along(student, read, config.objective.top_k, teacher.vocab_size, ends=teacher.ends)
     return Written(rollouts, seen, rollouts.student)
 
 
@@ -162,7 +168,7 @@ def with_known_threshold(config: Config, run_dir: Path) -> tuple[Config, dict[st
 
 def calibrate(
     config: Config,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     *,
     student: PreTrainedModel,
     sampler: Sampler,
@@ -207,7 +213,7 @@ def calibration_text(found: dict[str, Any]) -> str:
     )
 
 
-def _uniforms(config: Config, prompts: Sequence[Sequence[int]]) -> Tensor:
+def _uniforms(config: Config, prompts: Sequence[Prompt]) -> Tensor:
     return rollout_uniforms(
         config.training.seed, 0, range(len(prompts)), config.longest_response, stream=CALIBRATION_STREAM
     )

@@ -32,6 +32,7 @@ from prune_opd.distributed import sharding as distributed
 from prune_opd.distributed.world import ALONE, World
 from prune_opd.errors import CheckpointError, NonFiniteError, StorageError
 from prune_opd.training.files import not_written, storage_errors, sync, write_json
+from prune_opd.training.moving_teacher import MovingTeacher
 from prune_opd.training.optimizer_state import load_optimizer, save_optimizer
 
 # What may differ between the run that saved and the run that resumes; anything else would be another experiment.
@@ -44,6 +45,7 @@ FREE_TO_CHANGE = {
 FREE_SECTIONS = {"tracking", "evaluation"}
 
 MANIFEST, STATE, RANDOM = "manifest.json", "trainer_state.json", "random_state.safetensors"
+TEACHER = "teacher.safetensors"  # where it moves
 
 
 Content = TypeVar("Content", bound=BaseModel)
@@ -120,6 +122,7 @@ def save_checkpoint(
     schedule: LRScheduler,
     window: TrainingWindow | LengthSchedule | None,
     budget: TokenBudget | None,
+    teacher: MovingTeacher | None,
     totals: Totals,
     config: Config,
     unlogged: dict[str, Any] | None = None,
@@ -164,6 +167,8 @@ def save_checkpoint(
             tokenizer.save_pretrained(aside)
             (aside / "README.md").write_text(card, encoding="utf-8")
             save_file(random_state, aside / RANDOM)
+            if teacher:
+                save_file(teacher.state_dict(), aside / TEACHER)
             write_json(aside / STATE, state.model_dump(mode="json"))
             _write_manifest(aside, step)
             if final.exists():  # a damaged one of the same step, or a copy of this one
@@ -239,6 +244,7 @@ def load_training_state(
     schedule: LRScheduler,
     window: TrainingWindow | LengthSchedule | None,
     budget: TokenBudget | None,
+    teacher: MovingTeacher | None,
 ) -> TrainerState:
     """Put back everything else, after `load_weights`; returns what was saved. CheckpointError when it does not fit.
 
@@ -257,6 +263,8 @@ def load_training_state(
             window.load_state_dict(state.window)
         if budget is not None:  # without a state, it was set after the steps so far
             budget.load_state_dict(state.budget or {"prompts": budget.prompts, "first": state.step * budget.prompts})
+        if teacher:
+            teacher.load_state_dict(load_file(checkpoint / TEACHER))
         torch.set_rng_state(random_state["cpu"])
         if "accelerator" in random_state and torch.accelerator.is_available():
             torch.get_device_module().set_rng_state(random_state["accelerator"])

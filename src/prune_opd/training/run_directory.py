@@ -17,7 +17,8 @@ from prune_opd.errors import CheckpointError, RunDirectoryError
 from prune_opd.reporting.model_card import model_card
 from prune_opd.reporting.records import Settings, read_object
 from prune_opd.teachers.base import Teacher
-from prune_opd.training.build import Parts, remember_teacher
+from prune_opd.training.build import Parts
+from prune_opd.training.build_teachers import remember_teacher
 from prune_opd.training.calibration import CALIBRATION
 from prune_opd.training.checkpoint import (
     Totals,
@@ -124,7 +125,11 @@ class RunDirectory:
         count = max(0, min(training.keep_last + 1, there + saves) - there)
         if training.keep_every:
             count += multiples(training.keep_every)
-        check_room(self.path, count * checkpoint_bytes(parts.student), f"the {count} checkpoints to come")
+        check_room(
+            self.path,
+            count * (checkpoint_bytes(parts.student) + parts.teacher_bytes),
+            f"the {count} checkpoints to come",
+        )
 
     def begin(self, parts: Parts, teacher: Teacher, steps_done: int) -> None:
         """What changes the directory before the first step. A run that dies within it can be resumed like any."""
@@ -159,6 +164,7 @@ class RunDirectory:
             schedule=parts.schedule,
             window=parts.run.window,
             budget=parts.run.budget,
+            teacher=parts.moving_teacher,
             totals=totals,
             config=parts.config,
             unlogged=unlogged,

@@ -73,6 +73,7 @@ class Trainer:
                 schedule=parts.schedule,
                 window=self.run.window,
                 budget=self.run.budget,
+                teacher=parts.moving_teacher,
             )
             self.steps_done, self.totals, self.unlogged = state.step, state.totals, state.unlogged
             steps = config.training.steps
@@ -163,10 +164,12 @@ class Trainer:
         prompts = prompts_of(self.parts.prompts, self.config, step, self.run.budget)
         try:
             reward = functools.partial(self.parts.reward, prompts) if self.parts.reward else None
-            result = prune_opd_step(self.run, step, [prompt.token_ids for prompt in prompts], reward)
+            result = prune_opd_step(self.run, step, prompts, reward)
         except NonFiniteError as error:
             return self._skip(step, prompts, error, began)
         self.parts.schedule.step()
+        if self.parts.moving_teacher:
+            self.parts.moving_teacher.follow(self.parts.student)
         share = merged(step_share(result, self.config), self.world)
         logged = merged(self.log.share(prompts, result), self.world)
         if share is None or logged is None:  # rank 0 writes for all
