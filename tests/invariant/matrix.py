@@ -37,7 +37,7 @@ FACTORS = {
         {"model.dtype": "bfloat16", "model.teacher_dtype": "bfloat16"},
     ),
     "segments": Factor(
-        "`model.attn_implementation = \"varlen\"`: packed rows without a mask, each rollout with its own prompt",
+        '`model.attn_implementation = "varlen"`: packed rows without a mask, each rollout with its own prompt',
         {"model.attn_implementation": "varlen"},
     ),
     "alone": Factor(
@@ -50,13 +50,13 @@ FACTORS = {
         {"pruning.threshold": 0.6},  # capped models of this size part less
     ),
     "untied": Factor("an output head of its own", model={"tie_word_embeddings": False}),
-    "student-rows": Factor("the student's vocabulary is padded with 8 rows that the teacher lacks", wider={"student": 8}),
-    "teacher-rows": Factor("the teacher's vocabulary is padded with 4 rows that the student lacks", wider={"teacher": 4}),
+    "student-rows": Factor("a student with 8 padding rows that the teacher lacks", wider={"student": 8}),
+    "teacher-rows": Factor("a teacher with 4 padding rows that the student lacks", wider={"teacher": 4}),
     "lora": Factor(
         "`model.lora`, on all linear layers, scaled by 3",
         {"model.lora.r": 2, "model.lora.alpha": 6},
     ),
-    "fsdp2": Factor("`training.parallel = \"fsdp2\"`, two processes", {"training.parallel": "fsdp2"}),
+    "fsdp2": Factor('`training.parallel = "fsdp2"`, two processes', {"training.parallel": "fsdp2"}),
     "served": Factor(
         "`model.teacher_model_server_url`: the teacher over HTTP, which lists its 20 likeliest tokens",
     ),
@@ -88,6 +88,11 @@ REFUSED: dict[frozenset[str], Refusal] = {
     ),
     frozenset({"vllm", "student-rows"}): Refusal(
         "EngineError", "vLLM could sample ids that the teacher does not have", "vLLM would sample the padding"
+    ),
+    frozenset({"vllm", "window"}): Refusal(
+        "EngineError",
+        "vLLM did not start with .*Sliding window for some but all layers",
+        "vLLM windows all layers or none",
     ),
     **{
         frozenset({served, "teacher-rows"}): Refusal(
@@ -126,11 +131,13 @@ def no_effect(case: str) -> str | None:
 
 
 def sample(seed: int = 0) -> list[str]:
-    """Pairs for the ordinary suite: in an order drawn by the seed, each that has two factors not seen yet, then with one.
+    """Pairs for the ordinary suite: in an order drawn by the seed, those with two factors not seen yet, then with one.
 
-    vLLM is left out, whose environment is another.
+    Left out are vLLM, whose environment is another, and compiled code, which takes half a minute of tracing a case
+    (tests/models/test_compile.py has a case in the ordinary suite).
     """
-    pairs = [case for case in cases() if len(names(case)) == 2 and "vllm" not in case and refusal(case) is None]
+    pairs = [case for case in cases() if len(names(case)) == 2 and not refusal(case)]
+    pairs = [case for case in pairs if not {"vllm", "compiled"} & set(names(case))]
     random.Random(seed).shuffle(pairs)
     seen: set[str] = set()
     taken = []

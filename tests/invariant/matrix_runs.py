@@ -1,7 +1,7 @@
 """Two steps of a case of tests/invariant/matrix.py by the product's own functions, and all that they said.
 
-    python tests/invariant/matrix_runs.py OUT FOLDER CASE...                  in this process
-    torchrun ... tests/invariant/matrix_runs.py OUT FOLDER CASE...            in several
+python tests/invariant/matrix_runs.py OUT FOLDER CASE...                  in this process
+torchrun ... tests/invariant/matrix_runs.py OUT FOLDER CASE...            in several
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -52,7 +51,8 @@ SETTINGS = {
     "training.max_grad_norm": 0.5,
     "training.device": "cpu",
 }
-SIZE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}  # that vLLM and kernels take
+# With a head size that vLLM and the compiled kernels take.
+SIZE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 MOST_ROWS = VOCABULARY + 8  # models of other vocabularies have the first of the same rows
 CAPS = {"final_logit_softcapping": 4.0, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 32}
 
@@ -119,9 +119,7 @@ def _steps(case: str, folder: Path, world: World, stack: ExitStack) -> list[dict
         tokenizer = load_tokenizer(str(teacher), config_of("", student, teacher).model)
         server = serving(model, tokenizer, name=str(teacher), scale_out="named" in names(case))
         address = {"model.teacher_model_server_url": stack.enter_context(server).url}
-    parts = build_parts(
-        config_of(case, student, teacher, **address), folder, console=Console(quiet=True), world=world
-    )
+    parts = build_parts(config_of(case, student, teacher, **address), folder, console=Console(quiet=True), world=world)
     if isinstance(parts.sampler, VLLMSampler):
         stack.callback(parts.sampler.close)
     return [_recorded(parts, step, world) for step in range(STEPS)]
@@ -189,7 +187,10 @@ def main(out: Path, folder: Path, cases: list[str]) -> None:
     if backend := os.environ.get("MATRIX_BACKEND"):
         torch.compile = partial(torch.compile, backend=backend)
     with launched() as world:
-        found: Mapping[str, Any] = {case: run_case(case, folder, world) for case in cases}
+        found = {}
+        for case in cases:
+            found[case] = run_case(case, folder, world)
+            print(case or "base", found[case].get("refused", "ran"), flush=True)
     if world.rank == 0:
         torch.save(found, out)
 

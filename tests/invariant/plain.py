@@ -1,9 +1,10 @@
-"""The plain path: what a step is when nobody hurries. Held against two recorded steps of tests/invariant/matrix_runs.py.
+"""The plain path: what a step is when nobody hurries, to hold the records of tests/invariant/matrix_runs.py against.
 
-One rollout at a time, so no padding and no packing; transformers' own float64 model with eager attention and all of its
-logits; adapters multiplied out; plain autograd; torch's AdamW of one tensor at a time. The method's arithmetic is that of
-tests/core/reference.py. Of the record it takes what chance decided (tokens, and candidates, which are checked to be
-the likeliest) and the weights before each step; everything else is computed anew.
+One rollout at a time, so no padding and no packing; transformers' own model in float64 (but for rotations, norms and
+softmax, which it computes in float32) with eager attention and all of its logits; adapters multiplied out; plain
+autograd; torch's AdamW, a tensor at a time. The method's arithmetic is that of tests/core/reference.py. Of the record it
+takes what chance decided (tokens, and candidates, which are checked to be the likeliest) and the weights before each
+step; everything else is computed anew.
 """
 
 from __future__ import annotations
@@ -71,9 +72,7 @@ class PlainRun:
             _, of_row, reach, _ = reference.drift(overlap < pruning.threshold, mask, pruning.w_drop, pruning.w_base)
             weight.append(of_row[0])
             effective.append(int(reach[0]))
-        candidates = [
-            self._at_candidates(of_teacher, row) for of_teacher, row in zip(teacher, rows, strict=True)
-        ]
+        candidates = [self._at_candidates(of_teacher, row) for of_teacher, row in zip(teacher, rows, strict=True)]
         loss, norm = self._backward(student, candidates, weight, rows)
         gradients = {name: leaf.grad.clone() for name, leaf in self.leaves.items() if leaf.grad is not None}
         assert self.optimizer is not None
