@@ -21,8 +21,8 @@ Two settings that work may not work together, and say nothing. So each of those 
 optimiser steps by the functions that a recipe's run is built with, on random models of two layers. What comes of them
 is held against the plain path in float64: one rollout at a time, eager attention, all logits, autograd, adapters
 multiplied out. Compared are the likeliest tokens of student and teacher with their log-probabilities, drift events,
-weights and effective lengths, the loss, the gradients and their norm, and all weights after each step. How near is near,
-by type of number, is in `tests/invariant/test_matrix.py`.
+weights and effective lengths, the loss, the gradients and their norm, and all weights after each step. How near is
+near, by type of number, is in `tests/invariant/test_matrix.py`.
 
 `make test-engines` runs all {count} cases; the ordinary suite {sample} pairs, drawn by a seed, that have every setting
 but vLLM and `model.compile`.

@@ -2,8 +2,8 @@
 
 One rollout at a time, so no padding and no packing; transformers' own model in float64 (but for rotations, norms and
 softmax, which it computes in float32) with eager attention and all of its logits; adapters multiplied out; plain
-autograd; torch's AdamW, a tensor at a time. The method's arithmetic is that of tests/core/reference.py. Of the record it
-takes what chance decided (tokens, and candidates, which are checked to be the likeliest) and the weights before each
+autograd; torch's AdamW, a tensor at a time. The method's arithmetic is that of tests/core/reference.py. Of the record
+it takes what chance decided (tokens, and candidates, which are checked to be the likeliest) and the weights before each
 step; everything else is computed anew.
 """
 
