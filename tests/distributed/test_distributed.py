@@ -27,7 +27,7 @@ from tests.training.test_trainer import BUDGET, SMALL
 ROOT = Path(__file__).parents[2]
 
 
-def torchrun(size: int, *command: str) -> str:
+def torchrun(size: int, *command: str, timeout: float = 400) -> str:
     """Run a command in `size` processes; what they printed."""
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", *command],
@@ -35,7 +35,7 @@ def torchrun(size: int, *command: str) -> str:
         env=os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=timeout,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

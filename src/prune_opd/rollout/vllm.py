@@ -105,8 +105,11 @@ class VLLMSampler(EngineSampler):
                     disable_log_stats=True,
                 )
             )
-        except (ValueError, RuntimeError, OSError) as error:
-            raise EngineError(f"vLLM did not start with {model!r}: {error}") from error
+        except (ValueError, RuntimeError, OSError, AssertionError) as error:  # it asserts what its models can do
+            raise EngineError(
+                f"vLLM did not start with {model!r}: {error}\nWhere it cannot run this model, set rollout.use_vllm = "
+                "false"
+            ) from error
         # At each reload it warns of layers without weights of their own and of a tied head; `sync` checks them all.
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
         self.check_the_check(self.sync, self.parity)
