@@ -180,7 +180,7 @@ def outcome(run_dir: Path) -> dict:
         state["totals"] = without_time(state["totals"])
         found[checkpoint.name] = state | {
             "weights": load_file(checkpoint / "model.safetensors"),
-            "optimizer": load_file(checkpoint / "optimizer-00000.safetensors"),
+            "optimizer": {path.name: load_file(path) for path in checkpoint.glob("optimizer-*")},
             "random": load_file(checkpoint / "random_state.safetensors"),
         }
     return found
