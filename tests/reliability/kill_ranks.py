@@ -3,7 +3,8 @@
     python -m tests.reliability.kill_ranks --victims 0 1 launcher --moments 20 --seed 0 [--settings KEY=VALUE ...]
 
 Victims: rank 0, rank 1, the launcher; `disk`: the disk of rank 1 is full from the first checkpoint on (with
-training.parallel=fsdp2 it has something to write); `replica`, `servers`: one of two servers that sample, or both.
+training.parallel=fsdp2 it has something to write); `replica`, `servers`: one of two servers that sample, or both;
+`engine`: the process behind one of them (--vllm).
 
 Prints one JSON line a moment and exits with 1 when something is not as docs/reliability.md says. The launcher is
 torchrun's own agent and the ranks run the command line; but all are forked from this process, which has imported what
@@ -41,6 +42,7 @@ import prune_opd.cli
 import prune_opd.reporting.report
 import prune_opd.training.hub
 from prune_opd.models.loading import resolve_model
+from tests import vllm_server
 from tests.openai_server import OpenAIServer
 from tests.reliability.kills import RECIPE, SMALL, difference, outcome
 
@@ -48,7 +50,8 @@ BIN = Path(sys.executable).parent
 PATIENCE = 60.0  # seconds after which somebody counts as hanging; torchrun gives a rank 30 to obey SIGTERM
 LITTLE = 100_000  # bytes that a file of rank 1 may have when its disk is "full"; its rows of the optimiser have more
 STEP = 1.5  # seconds, about what a step with its checkpoint takes on one core
-VICTIMS = ["0", "1", "launcher", "disk", "replica", "servers"]
+OF_SERVERS = ["replica", "engine", "servers"]
+VICTIMS = ["0", "1", "launcher", "disk", *OF_SERVERS]
 ERRORS = ("RankError", "StorageError", "ServerError", "EngineError", "CheckpointError", "RuntimeError")
 
 
@@ -153,13 +156,19 @@ def ranks_of(launcher: int) -> list[int]:
     if BOARD[0] or BOARD[1]:
         return [BOARD[0], BOARD[1]]
     found = {}
-    for task in Path(f"/proc/{launcher}/task").glob("*/children"):
-        for child in task.read_text().split():
+    for child in children_of(launcher):
+        with contextlib.suppress(OSError):  # it has ended
             words = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-            rank = next((int(word[5:]) for word in words if word.startswith(b"RANK=")), None)
-            if rank is not None:
-                found[rank] = int(child)
+            found |= {int(word[5:]): child for word in words if word.startswith(b"RANK=")}
     return [found.get(0, 0), found.get(1, 0)]
+
+
+def children_of(pid: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        return [
+            int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()
+        ]
+    return []
 
 
 def is_there(pid: int) -> bool:
@@ -170,10 +179,10 @@ def is_there(pid: int) -> bool:
         return False
 
 
-def until(holds: Callable[[], object]) -> None:
-    """Wait for it, at most PATIENCE."""
+def until(holds: Callable[[], object], patience: float = PATIENCE) -> None:
+    """Wait for it, at most so many seconds."""
     began = time.monotonic()
-    while not holds() and time.monotonic() - began < PATIENCE:
+    while not holds() and time.monotonic() - began < patience:
         time.sleep(0.01)
 
 
@@ -214,7 +223,7 @@ def strike(victim: str, launcher: int, run_dir: Path, moment: float, servers: Se
     targets = {"launcher": [launcher], "0": ranks[:1], "1": ranks[1:]}.get(victim)
     if targets is None:
         assert servers is not None
-        targets = servers.pids if victim == "servers" else servers.pids[1:]
+        targets = {"servers": servers.pids, "replica": servers.pids[1:], "engine": servers.engine(1)}[victim]
     if not is_there(launcher) or not all(map(is_there, targets)):
         return None
     for target in targets:
@@ -266,7 +275,7 @@ def problem(row: dict) -> str | None:
     named = row["errors"]
     if row["victim"] == "disk" and (named.get("StorageError") != 2 or row["checkpoints"] != ["step_1"]):
         return "not both ranks name the disk, or the last good checkpoint is gone"
-    if row["victim"] in ("servers", "replica"):  # which may not have been needed any more
+    if row["victim"] in OF_SERVERS:  # which may not have been needed any more
         return None if row["exit"] == 0 or named.get("ServerError") else "no named error"
     return "the exit status is 0" if row["exit"] == 0 else None
 
@@ -287,10 +296,10 @@ def second_run(folder: Path, settings: list[str], real: bool) -> dict:
 
 
 class Servers:
-    """Two HTTP servers that sample for the student, each a process of its own (tests/openai_server.py)."""
+    """Two HTTP servers that sample for the student, each in a session of its own: vLLM's, or tests/openai_server.py."""
 
-    def __init__(self) -> None:
-        self.ports, self.pids = [free_port(), free_port()], [0, 0]
+    def __init__(self, vllm: bool) -> None:
+        self.vllm, self.ports, self.pids = vllm, [free_port(), free_port()], [0, 0]
         self.settings = [
             "rollout.use_vllm=true",
             f"rollout.vllm_server_url={json.dumps([f'http://127.0.0.1:{port}' for port in self.ports])}",
@@ -300,27 +309,44 @@ class Servers:
         ]
 
     def begin(self) -> None:
-        """Start those that do not run."""
+        """Start those that do not answer, or of which a part is gone."""
         for place, port in enumerate(self.ports):
-            if self.pids[place] and is_there(self.pids[place]):
+            if self.pids[place] and answers(port) and bool(self.engine(place)) == self.vllm:
                 continue
-            if self.pids[place]:
-                os.waitpid(self.pids[place], 0)
-            self.pids[place] = pid = os.fork()
-            if pid == 0:
+            self.end(place)
+            self.pids[place] = self.spawn(port) if self.vllm else os.fork()
+            if self.pids[place] == 0:
                 try:
+                    os.setsid()
                     model = AutoModelForCausalLM.from_pretrained(resolve_model("embedded:low-student"))
                     OpenAIServer(model, None, name="student", port=port).serve_forever()
                 finally:
                     os._exit(1)
         for port in self.ports:
-            until(lambda port=port: answers(port))
+            until(lambda port=port: answers(port), 400)
+
+    def spawn(self, port: int) -> int:
+        words = vllm_server.command(port, *vllm_server.student_arguments())
+        quiet = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2)]
+        return os.posix_spawn(words[0], words, vllm_server.environment(), file_actions=quiet, setsid=True)
+
+    def engine(self, place: int) -> list[int]:
+        """vLLM's EngineCore behind a server."""
+        return [
+            child
+            for child in children_of(self.pids[place])
+            if is_there(child) and b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes()
+        ]
+
+    def end(self, place: int) -> None:
+        if pid := self.pids[place]:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
     def close(self) -> None:
-        for pid in filter(None, self.pids):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+        for place in range(2):
+            self.end(place)
 
 
 def free_port() -> int:
@@ -368,13 +394,14 @@ def main() -> int:
     parser.add_argument("--moments", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--settings", nargs="*", default=[])
+    parser.add_argument("--vllm", action="store_true", help="servers are vLLM's, which has to be installed")
     parser.add_argument("--in-a-row", action="store_true", help="the victims strike one run, one after the other")
     parser.add_argument("--two-runs", action="store_true", help="also start a second run in a directory in use")
     parser.add_argument("--exec", action="store_true", help="the real programs, which take half a minute to start")
     options = parser.parse_args()
     torch.set_num_threads(1)
     draw, bad = random.Random(options.seed), 0
-    servers = Servers() if {"replica", "servers"} & set(options.victims) else None
+    servers = Servers(options.vllm) if set(OF_SERVERS) & set(options.victims) else None
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         if servers:
