@@ -208,14 +208,14 @@ def end(pids: list[int]) -> float:
     return took
 
 
-def strike(victim: str, launcher: int, run_dir: Path, moment: float, servers: Servers | None) -> bool | None:
-    """Do to a run in progress what `victim` says; None where it came too late."""
+def strike(victim: str, launcher: int, run_dir: Path, moment: float, servers: Servers | None) -> int | None:
+    """Do to a run in progress what `victim` says; how many steps it had logged, None where it came too late."""
     ranks = ranks_of(launcher)
     if victim == "disk":  # as soon as there is a checkpoint; rank 1 may then write no file as large as its share
-        until(lambda: (run_dir / "checkpoints/step_1").exists() or not is_there(launcher))
+        until(lambda: saved(run_dir) or not is_there(launcher))
         with contextlib.suppress(ProcessLookupError):
             resource.prlimit(ranks[1], resource.RLIMIT_FSIZE, (LITTLE, LITTLE))
-        return True
+        return logged(run_dir)
     # After so many lines of metrics.jsonl, and a share of a step: a clock alone would strike a busy machine early.
     lines, share = divmod(moment, 1)
     until(lambda: logged(run_dir) >= lines or not is_there(launcher))
@@ -226,15 +226,21 @@ def strike(victim: str, launcher: int, run_dir: Path, moment: float, servers: Se
         targets = {"servers": servers.pids, "replica": servers.pids[1:], "engine": servers.engine(1)}[victim]
     if not is_there(launcher) or not all(map(is_there, targets)):
         return None
+    at = logged(run_dir)
     for target in targets:
         os.kill(target, signal.SIGKILL)
-    return True
+    return at
 
 
 def logged(run_dir: Path) -> int:
     """Lines of metrics.jsonl."""
     log = run_dir / "metrics.jsonl"
     return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def saved(run_dir: Path) -> list[str]:
+    """The names of its checkpoints."""
+    return sorted(path.name for path in run_dir.glob("checkpoints/step_*"))
 
 
 def kill(
@@ -244,7 +250,7 @@ def kill(
     launcher = start(run_dir, settings, said, real=real)
     until(lambda: all(ranks_of(launcher)) or not is_there(launcher))
     ranks = ranks_of(launcher)
-    late = strike(victim, launcher, run_dir, moment, servers) is None
+    at = strike(victim, launcher, run_dir, moment, servers)
     code, seconds = wait(launcher)
     orphans = end([pid for pid in ranks if pid])
     if code is None:
@@ -254,12 +260,13 @@ def kill(
     return {
         "victim": victim,
         "moment": round(moment, 2),
-        "late": late,
+        "late": at is None,
+        "at": at,
         "exit": code,
         "seconds": round(seconds, 2),
         "orphans": round(orphans, 3),
         "logged": logged(run_dir),
-        "checkpoints": sorted(path.name for path in run_dir.glob("checkpoints/step_*")),
+        "checkpoints": saved(run_dir),
         "half_written": bool(list(run_dir.glob("checkpoints/.step_*"))),
         "errors": {name: words.count(f"{name}: ") for name in ERRORS if f"{name}: " in words},
         "saved": re.findall(r"stopped after step \d+, saved", words)[:1],
@@ -273,7 +280,9 @@ def problem(row: dict) -> str | None:
     if row["exit"] is None or row["orphans"] >= PATIENCE:
         return "somebody hangs"
     named = row["errors"]
-    if row["victim"] == "disk" and (named.get("StorageError") != 2 or row["checkpoints"] != ["step_1"]):
+    if row["victim"] == "launcher" and row["logged"] > row["at"] + 1:
+        return "ranks trained on without their launcher"
+    if row["victim"] == "disk" and (named.get("StorageError") != 2 or len(row["checkpoints"]) != 1):
         return "not both ranks name the disk, or the last good checkpoint is gone"
     if row["victim"] in OF_SERVERS:  # which may not have been needed any more
         return None if row["exit"] == 0 or named.get("ServerError") else "no named error"
