@@ -47,7 +47,7 @@ from tests.openai_server import OpenAIServer
 from tests.reliability.kills import RECIPE, SMALL, difference, outcome
 
 BIN = Path(sys.executable).parent
-PATIENCE = 60.0  # seconds after which somebody counts as hanging; torchrun gives a rank 30 to obey SIGTERM
+PATIENCE = 120.0  # seconds after which somebody counts as hanging; torchrun gives a rank 30 to obey SIGTERM
 LITTLE = 100_000  # bytes that a file of rank 1 may have when its disk is "full"; its rows of the optimiser have more
 STEP = 1.5  # seconds, about what a step with its checkpoint takes on one core
 OF_SERVERS = ["replica", "engine", "servers"]
@@ -313,7 +313,7 @@ class Servers:
             "rollout.use_vllm=true",
             f"rollout.vllm_server_url={json.dumps([f'http://127.0.0.1:{port}' for port in self.ports])}",
             "rollout.vllm_server.model=student",
-            "rollout.vllm_server.deadline=10",
+            f"rollout.vllm_server.deadline={40 if vllm else 10}",  # the first request of a vLLM takes long
             "training.save_every=9",  # so that what is saved is saved because of the servers
         ]
 
@@ -409,6 +409,7 @@ def main() -> int:
     parser.add_argument("--exec", action="store_true", help="the real programs, which take half a minute to start")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are ended too
     draw, bad = random.Random(options.seed), 0
     servers = Servers(options.vllm) if set(OF_SERVERS) & set(options.victims) else None
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:

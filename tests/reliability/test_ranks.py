@@ -34,7 +34,7 @@ def strike(*arguments: str) -> list[dict]:
         env=os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1500,  # real servers start in minutes on a busy machine
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
