@@ -21,7 +21,7 @@ NOW = $(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-locked setup-trl setup-liger setup-smollm setup-trackers setup-vllm setup-verl test test-engines check lint format demo demo-smollm assets smollm-pair docs bench soak fuzz kill licences lock audit release clean gpu-check setup-docs wheel docs-site test-oldest
+.PHONY: help setup setup-locked setup-trl setup-liger setup-smollm setup-trackers setup-vllm setup-verl test test-engines check lint format demo demo-smollm assets smollm-pair docs bench soak fuzz kill kill-ranks licences lock audit release clean gpu-check setup-docs wheel docs-site test-oldest
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -118,6 +118,11 @@ fuzz: setup  ## damage real run directories at random in 7,000 ways, other ones 
 kill: setup  ## kill a run at 200 moments, resume, compare bit for bit (about 15 minutes)
 	$(BIN)/python tests/reliability/kills.py --moments 100
 	$(BIN)/python tests/reliability/kills.py --moments 100 --settings pruning.in_flight.enable=true pruning.in_flight.chunk=4 pruning.w_drop=0.2
+
+kill-ranks: setup  ## the same under torchrun: a rank, the launcher, servers, a disk (140 moments, about an hour on one core)
+	$(BIN)/python -m tests.reliability.kill_ranks --moments 20 --two-runs
+	$(BIN)/python -m tests.reliability.kill_ranks --victims 0 1 launcher disk --moments 10 --two-runs --settings training.parallel=fsdp2
+	$(BIN)/python -m tests.reliability.kill_ranks --victims replica servers --moments 20
 
 licences: setup  ## write docs/licences.md from what is installed
 	$(BIN)/python scripts/make_licences.py

@@ -38,8 +38,9 @@ class OpenAIServer(ThreadingHTTPServer):
         max_logprobs=20,
         dev_mode=True,
         scale_out=False,
+        port=0,
     ) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(("127.0.0.1", port), _Handler)
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.max_model_len, self.max_logprobs, self.dev_mode = max_model_len, max_logprobs, dev_mode
         self.scale_out = scale_out

@@ -55,6 +55,10 @@ class EngineError(PruneOPDError, RuntimeError):
     """An engine (vLLM, verl) cannot be used as it is set up, or did not do what it was asked."""
 
 
+class RankError(PruneOPDError, RuntimeError):
+    """Another process of a run of several, or their launcher, ended or cannot be reached."""
+
+
 class NonFiniteError(PruneOPDError, ArithmeticError):
     """Logits, the loss, a gradient or a weight became NaN or infinite; raised before the weights are touched.
 

@@ -39,6 +39,7 @@ from prune_opd.core.drift import DriftReport, drift_report
 from prune_opd.core.objective import group_advantage
 from prune_opd.core.window import LengthSchedule, TrainingWindow, WindowChange
 from prune_opd.distributed.world import ALONE, World
+from prune_opd.errors import EngineError, ServerError
 from prune_opd.rollout.ahead import RolloutsAhead
 from prune_opd.rollout.base import Sampler
 from prune_opd.rollout.events import drift_events
@@ -115,7 +116,7 @@ def prune_opd_step(run: Run, step: int, prompts: Sequence[Prompt], reward: Rewar
     config, pruning, world, watch = run.config, run.config.pruning, run.world, Stopwatch(run.update.device)
 
     # 1. The student answers on its own policy, up to the window; in flight, the teacher reads along and may end it.
-    with watch.phase("rollout"):
+    with watch.phase("rollout"), world.raising_together(ServerError, EngineError):
         sampled = run.ahead.take() if run.ahead else None
         if sampled is None:
             sampled = sample_rollouts(step, prompts, run.max_length, run.sampler, run.teacher, config, watch, world)
@@ -124,7 +125,7 @@ def prune_opd_step(run: Run, step: int, prompts: Sequence[Prompt], reward: Rewar
     assert rollouts.student is not None
 
     # 2. The teacher scores every position: its own top-k, the student's candidates, the sampled token.
-    with watch.phase("teacher"):
+    with watch.phase("teacher"), world.raising_together(ServerError):
         top_k = config.objective.top_k
         scores = in_flight.scores_of(mask.shape[1]) if in_flight else run.teacher.score(rollouts, top_k=top_k)
     check_finite(step + 1, numbers, rollouts, scores, world)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,9 +33,10 @@ from prune_opd.teachers.served import ServedTeacher
 from prune_opd.timing import Stopwatch
 from prune_opd.training.trainer import Trainer
 from prune_opd.types import TeacherPrompt
+from tests.vllm_server import VOCAB, command, environment, student_arguments
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
-VOCAB, EOS, PAD, K = 149, 1, 0, 5
+EOS, PAD, K = 1, 0, 5
 PROMPTS = [[4, 9, 12, 7, 2], [15, 3], [8, 8, 21, 30, 11, 5, 6], [4, 9, 12, 7, 2]]
 NAMES = {"low": "embedded:low-student", "high": "embedded:high-student", "teacher": "embedded:teacher"}
 
@@ -53,16 +52,8 @@ def vllm_server(log, *arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", "400", "--max-logprobs", str(VOCAB), "--host", "127.0.0.1", "--port", str(port)]
-    environment = {**os.environ, **vllm_module.ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with log.open("w") as file:
-        process = subprocess.Popen(
-            [*command, *arguments],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=environment | {"VLLM_SERVER_DEV_MODE": "1"},
-        )
+        process = subprocess.Popen(command(port, *arguments), stdout=file, stderr=subprocess.STDOUT, env=environment())
     try:
         until = time.monotonic() + 500
         while True:
@@ -94,11 +85,7 @@ def engine_sampler():
 
 @pytest.fixture(scope="module")
 def student_url(tmp_path_factory):
-    """As docs/scaling.md starts it on a CPU."""
-    arguments = ["--model", resolve_model(NAMES["low"]), "--served-model-name", "student", "--load-format", "dummy"]
-    arguments += ["--hf-overrides", '{"tie_word_embeddings": false}']
-    arguments += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "2048", "--max-num-seqs", "8"]
-    with vllm_server(tmp_path_factory.mktemp("student") / "log", *arguments) as url:
+    with vllm_server(tmp_path_factory.mktemp("student") / "log", *student_arguments()) as url:
         yield url
 
 

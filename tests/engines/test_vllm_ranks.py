@@ -19,9 +19,9 @@ pytest.importorskip("vllm", reason="vLLM is not installed here; make test-engine
 
 from safetensors.torch import load_file
 
-from prune_opd.models.loading import resolve_model
+from tests.vllm_server import student_arguments
 
-from .test_vllm import NAMES, vllm_server
+from .test_vllm import vllm_server
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "quickstart.toml"
@@ -107,15 +107,9 @@ def test_an_engine_in_each_rank_samples_what_one_engine_samples(tmp_path, alone,
 
 @pytest.fixture(scope="module")
 def urls(tmp_path_factory):
-    model = resolve_model(NAMES["low"])
-    arguments = ["--model", model, "--served-model-name", "student", "--load-format", "dummy", "--max-num-seqs", "8"]
-    arguments += ["--hf-overrides", '{"tie_word_embeddings": false}', "--max-num-batched-tokens", "2048"]
     with ExitStack() as servers:
         folder = tmp_path_factory.mktemp("servers")
-        yield [
-            servers.enter_context(vllm_server(folder / f"{i}.log", *arguments, "--no-enable-chunked-prefill"))
-            for i in range(2)
-        ]
+        yield [servers.enter_context(vllm_server(folder / f"{i}.log", *student_arguments())) for i in range(2)]
 
 
 @pytest.mark.parametrize(("parallel", "count"), [("ddp", 1), ("fsdp2", 2)])

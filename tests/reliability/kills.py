@@ -178,9 +178,10 @@ def outcome(run_dir: Path) -> dict:
     for checkpoint in (run_dir / "checkpoints").iterdir():
         state = json.loads((checkpoint / "trainer_state.json").read_text())
         state["totals"] = without_time(state["totals"])
+        state.pop("unlogged")  # an evaluation of the last step that is made up for goes to the log alone
         found[checkpoint.name] = state | {
             "weights": load_file(checkpoint / "model.safetensors"),
-            "optimizer": load_file(checkpoint / "optimizer-00000.safetensors"),
+            "optimizer": {path.name: load_file(path) for path in checkpoint.glob("optimizer-*")},
             "random": load_file(checkpoint / "random_state.safetensors"),
         }
     return found

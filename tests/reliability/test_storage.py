@@ -210,9 +210,14 @@ def test_one_run_directory_has_one_writer(tmp_path):
     run = tmp_path / "run"
     trainer = trainer_in(run)
     run.mkdir()
-    with only_writer(run), pytest.raises(RunDirectoryError, match="is being written by another process"):
-        trainer.train()
+    with only_writer(run):
+        with pytest.raises(RunDirectoryError, match="is being written by another process"):
+            trainer.train()
+        for resume in ("auto", "never"):  # refused before it loads a model
+            with pytest.raises(RunDirectoryError, match="is being written by another process"):
+                trainer_in(run, "model.model_name_or_path=there-is-none", resume=resume)
     assert not any(run.iterdir())
+    trainer_in(run, resume="auto")
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):

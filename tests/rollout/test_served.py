@@ -391,9 +391,11 @@ def settings_of(server, *more):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "more", [[], ["pruning.in_flight.enable=true", "pruning.in_flight.chunk=4"]], ids=["window", "in-flight"]
+    ("more", "within"),
+    [([], "evaluation"), (["pruning.in_flight.enable=true", "pruning.in_flight.chunk=4"], "step")],
+    ids=["window, in the evaluation after step 2", "in flight, in step 3"],
 )
-def test_a_run_that_lost_its_server_and_was_resumed_is_the_run_that_was_not(tmp_path, more):
+def test_a_run_that_lost_its_server_and_was_resumed_is_the_run_that_was_not(tmp_path, more, within):
     def fresh():
         return AutoModelForCausalLM.from_pretrained(
             resolve_model("embedded:low-student"), tie_word_embeddings=False
@@ -408,14 +410,15 @@ def test_a_run_that_lost_its_server_and_was_resumed_is_the_run_that_was_not(tmp_
 
         trainer_in("whole").train()
         trainer = trainer_in("run")
-        step = trainer._step
+        owner, name = (trainer, "_step") if within == "step" else (trainer.held_out, "record")
+        action = getattr(owner, name)
 
-        def away_at_the_third(number):
+        def away_at_the_third(number):  # steps are counted from 0; the evaluation after step 2 has its number
             if number == 2:
                 server.before = few_times(overloaded, 10**6)
-            return step(number)
+            return action(number)
 
-        trainer._step = away_at_the_third
+        setattr(owner, name, away_at_the_third)
         with pytest.raises(ServerError, match="stopped after step 2, saved; continue with --resume auto"):
             trainer.train()
         server.before = lambda handler, body: False

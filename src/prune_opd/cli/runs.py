@@ -60,6 +60,9 @@ def train(
 
 
 def _train(config: Config, recipe: Path, output_dir: Path | None, resume: str, push_to_hub: str | None) -> None:
+    from prune_opd.distributed.launcher import end_with_launcher
+
+    end_with_launcher()  # before the imports, which take seconds
     from prune_opd.distributed.sharding import launched
     from prune_opd.reporting.report import write_report
     from prune_opd.training.checkpoint import latest_checkpoint

@@ -11,6 +11,8 @@ as the student is (`model.teacher_placement`), and asked in lock-step.
 from __future__ import annotations
 
 import os
+import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,8 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prune_opd.distributed.world import ALONE, World, full_tensor
-from prune_opd.errors import ModelError
+from prune_opd.distributed.world import ALONE, World, from_another_rank, full_tensor
+from prune_opd.errors import ModelError, RankError
+
+LAUNCHER_ANSWERS = 60.0  # seconds
 
 
 @contextmanager
@@ -28,10 +32,12 @@ def launched() -> Iterator[World]:
     """The world that torchrun started this process in; a process that torchrun did not start is alone.
 
     Objects travel over gloo, gradients over NCCL where the accelerator is CUDA. Rank r of a node has its r-th device.
+    Raises RankError when the launcher is gone, and in place of what gloo and NCCL say when another rank is.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
+    _check_launcher()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl")
@@ -41,9 +47,34 @@ def launched() -> Iterator[World]:
         yield World(dist.get_rank(), dist.get_world_size())
         if dist.is_initialized():
             dist.barrier()  # a rank that leaves early closes connections that others still use
+    except RuntimeError as error:
+        if not from_another_rank(error):
+            raise
+        why = re.sub(r"^\[\S+\] ", "", str(error).partition(". This is typically")[0].splitlines()[0])
+        raise RankError(
+            f"rank {os.environ['RANK']} lost another rank of this run ({why}). What ended that one stands above or in "
+            "its own log; the run goes on from its last checkpoint with --resume auto"
+        ) from error
     finally:
         if dist.is_initialized():  # vLLM, when it is shut down, ends it too
             dist.destroy_process_group()
+
+
+def _check_launcher() -> None:
+    """RankError when torchrun, through which the ranks find each other, ended while this process started.
+
+    Else torch would ask for it during half an hour.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        socket.create_connection((host, port), timeout=LAUNCHER_ANSWERS).close()
+    except OSError as error:
+        raise RankError(
+            f"torchrun does not answer at {host}:{port}, where the ranks of a run find each other ({error}): it has "
+            "ended, or the network is cut; start the run again with --resume auto"
+        ) from error
 
 
 # ---- sharded weights ----

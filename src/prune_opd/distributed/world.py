@@ -8,6 +8,7 @@ that each process computes the same number from the same parts in the same order
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -40,6 +41,21 @@ class World:
     def first(self, value: T | None) -> T | None:
         """The first value that is not None, by rank; so that what one rank met, all of them raise."""
         return next((found for found in self.gather(value) if found is not None), None)
+
+    @contextmanager
+    def raising_together(self, *kinds: type[Exception]) -> Iterator[None]:
+        """What one rank raises of these kinds in the block, all raise at its end; so that they can still save together.
+
+        Every rank must come to it. A rank that raised has left the block early: what follows the place where it may
+        must not wait for other ranks.
+        """
+        failed: Exception | None = None
+        try:
+            yield
+        except kinds as error:
+            failed = error
+        if (failed := self.first(failed)) is not None:
+            raise failed
 
     def gather_rollouts(self, numbers: Sequence[int], values: Tensor) -> Tensor:
         """What the ranks have of a step's rollouts (B, ...), on the CPU, as one process would: in ascending order."""
@@ -89,6 +105,11 @@ class World:
 
 
 ALONE = World()
+
+
+def from_another_rank(error: BaseException) -> bool:
+    """Whether this is what torch raises when another rank ended or cannot be reached; gloo has no class for it."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prune_opd.config import EvaluationSection
 from prune_opd.distributed.world import ALONE, World
-from prune_opd.errors import DataError
+from prune_opd.errors import DataError, EngineError, ServerError
 from prune_opd.evaluation.graders import are_right, check_gradable
 from prune_opd.rollout.base import Sampler, rollout_uniforms
 from prune_opd.types import Prompt, Rollouts
@@ -79,12 +79,13 @@ def evaluate(
             batch = list(mine[start : start + at_once])
             numbers = [problem * k + sample for problem in batch for sample in range(k)]
             sampling_began = time.perf_counter()
-            rollouts = sampler.sample(
-                [prompts[problem].token_ids for problem in batch for _ in range(k)],
-                rollout_uniforms(seed, 0, numbers, settings.max_tokens, stream=EVALUATION_STREAM),
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-            )
+            with world.raising_together(ServerError, EngineError):
+                rollouts = sampler.sample(
+                    [prompts[problem].token_ids for problem in batch for _ in range(k)],
+                    rollout_uniforms(seed, 0, numbers, settings.max_tokens, stream=EVALUATION_STREAM),
+                    temperature=settings.temperature,
+                    top_p=settings.top_p,
+                )
             lengths[batch] = rollouts.lengths.reshape(-1, k).cpu()
             finished[batch] = rollouts.finished.reshape(-1, k).cpu()
             sample_seconds += time.perf_counter() - sampling_began

@@ -25,6 +25,7 @@ An incomplete answer is refused as a whole: see `parse_tokens`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import uuid
@@ -39,7 +40,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prune_opd.distributed.world import ALONE, World, full_tensor
-from prune_opd.errors import EngineError, PruneOPDError, ServerError
+from prune_opd.errors import EngineError, ServerError
 from prune_opd.rollout.base import SamplingParams, Watcher
 from prune_opd.rollout.transcript import Tokens, Transcript
 from prune_opd.rollout.weights import EngineSampler, probe_logprobs, served_weights
@@ -53,7 +54,7 @@ from prune_opd.serving.answers import (
     token_ids,
 )
 from prune_opd.serving.client import Replica, Servers
-from prune_opd.serving.exchange import BadAnswer
+from prune_opd.serving.exchange import BadAnswer, Unanswered
 from prune_opd.serving.probe import probe_ids
 
 
@@ -180,16 +181,15 @@ class ServedSampler(EngineSampler):
             self._hand_over_my_share()
 
     def _hand_over_my_share(self) -> None:
-        """Every replica is handed the weights by one rank; the others find their name there, when all are done."""
-        failed: PruneOPDError | None = None
+        """Every replica is handed the weights by one rank; the others find their name there, when all are done.
+
+        One that does not answer is left out: it stays suspect, and gets them before its next request, when it is back.
+        """
         in_order = sorted(self.servers.replicas, key=lambda replica: replica.url)
-        try:
+        with self.world.raising_together(EngineError, ServerError):
             for replica in in_order[self.world.rank :: self.world.size]:
-                self.servers.patiently(replica, self._hand_over)
-        except (EngineError, ServerError) as error:
-            failed = error
-        if failed := self.world.first(failed):
-            raise failed
+                with contextlib.suppress(BadAnswer, Unanswered):
+                    self._hand_over(replica)
 
     def _hand_over(self, replica: Replica) -> bool:
         """Have a replica read the weights and check its answers; returns True where it already had these weights."""

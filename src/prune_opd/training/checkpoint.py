@@ -29,7 +29,7 @@ from prune_opd.config import Config
 from prune_opd.core.budget import TokenBudget
 from prune_opd.core.window import LengthSchedule, TrainingWindow
 from prune_opd.distributed import sharding as distributed
-from prune_opd.distributed.world import ALONE, World
+from prune_opd.distributed.world import ALONE, World, from_another_rank
 from prune_opd.errors import CheckpointError, NonFiniteError, StorageError
 from prune_opd.training.files import not_written, storage_errors, sync, write_json
 from prune_opd.training.moving_teacher import MovingTeacher
@@ -178,7 +178,7 @@ def save_checkpoint(
         damage = damage_of(final, from_disk=True)
     except (StorageError, RuntimeError, SafetensorError) as error:  # safetensors has errors of its own
         shutil.rmtree(aside, ignore_errors=True)  # its room may be what the logs need now
-        if isinstance(error, StorageError):
+        if isinstance(error, StorageError) or from_another_rank(error):
             raise
         raise not_written(final, error) from error
     world.gather(None)

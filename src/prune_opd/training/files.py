@@ -78,7 +78,8 @@ def only_writer(run_dir: Path) -> Iterator[None]:
     except ImportError:
         yield
         return
-    descriptor = os.open(run_dir, os.O_RDONLY)
+    with storage_errors(run_dir):
+        descriptor = os.open(run_dir, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,6 +90,13 @@ def only_writer(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def check_no_writer(run_dir: Path) -> None:
+    """RunDirectoryError when a process writes to this directory now: a second one is refused before it loads models."""
+    if run_dir.is_dir():
+        with only_writer(run_dir):
+            pass
 
 
 def _nearest(path: Path) -> Path:

@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from prune_opd.config import Config
 from prune_opd.distributed.merging import merged
 from prune_opd.distributed.world import ALONE, World
-from prune_opd.errors import ConfigError, NonFiniteError, RunInterrupted, ServerError
+from prune_opd.errors import ConfigError, NonFiniteError, RunDirectoryError, RunInterrupted, ServerError
 from prune_opd.reporting.console import step_view
 from prune_opd.reporting.metrics import metrics_of, step_share
 from prune_opd.reporting.saturation import saturated
@@ -26,7 +26,7 @@ from prune_opd.training.build import build_parts, prompts_of
 from prune_opd.training.calibration import with_known_threshold
 from prune_opd.training.checkpoint import Totals, load_training_state
 from prune_opd.training.faults import Faults
-from prune_opd.training.files import check_writable, only_writer, storage_errors
+from prune_opd.training.files import check_no_writer, check_writable, only_writer, storage_errors
 from prune_opd.training.held_out import HeldOut
 from prune_opd.training.run_directory import LOGS, RunDirectory
 from prune_opd.training.run_log import RunLog
@@ -55,6 +55,9 @@ class Trainer:
         self.console = (console or Console()) if world.rank == 0 else Console(quiet=True)
         self.directory = RunDirectory(self.run_dir, world, self.console, self._note)
         check_writable(self.run_dir)
+        with world.raising_together(RunDirectoryError):
+            if world.rank == 0:
+                check_no_writer(self.run_dir)
         config, calibration = with_known_threshold(config, self.run_dir)
         checkpoint = self.directory.checkpoint_to_resume(resume, config)
         world.gather(None)  # every rank has seen the directory as it was
@@ -239,6 +242,10 @@ class Trainer:
                 self.unlogged = record
                 self._save()
             self._stop(signals.received)
+        except ServerError as error:
+            if self.steps_done:
+                self.unlogged = record
+            self._stop_for_server(self.steps_done, error)
         self._log(record | found)
         self.unlogged = None
 
@@ -257,9 +264,9 @@ class Trainer:
         )
 
     def _stop_for_server(self, step: int, error: ServerError) -> NoReturn:
-        """Nothing of this step was learnt; what stands is the one before, and it is saved."""
-        saved = (self.directory.checkpoints / f"step_{step}").exists()
-        if step and not saved and self.world.size == 1:  # other ranks may not have met the error
+        """What was learnt in `step` steps is saved; the evaluation of the last one, if that failed, is done again."""
+        saved = self.world.gather((self.directory.checkpoints / f"step_{step}").exists())[0]
+        if step and not saved:
             self._save()
             saved = True
         raise ServerError(
