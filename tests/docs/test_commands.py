@@ -78,6 +78,22 @@ def ours(arguments: list[str]) -> None:
     assert done.exit_code == 0, f"{shlex.join(arguments)}\n{done.output}"
 
 
+def in_a_container(arguments: list[str]) -> None:
+    """What `docker build` reads is there; of `docker run` it is our command that is run."""
+    match arguments:
+        case ["build", "-f", file, "-t", _, *more, "."]:
+            text = (ROOT / file).read_text(encoding="utf-8")
+            given = [value for flag, value in pairwise(more) if flag == "--build-arg"]
+            assert len(more) == 2 * len(given) and all(f"ARG {value.partition('=')[0]}=" in text for value in given)
+        case ["run", *_]:
+            at = max(
+                i for i, word in enumerate(arguments) if word.startswith(("prune-opd", "/opt/prune-opd/bin/prune-opd"))
+            )
+            ours(arguments[at + 1 :])
+        case _:
+            raise AssertionError(f"docker {shlex.join(arguments)}: not known to this test")
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """A folder with what the pages call the reader's own: two models, prompts; and the recipes."""
@@ -118,6 +134,13 @@ def test_commands_run_in_their_order(page, folder):
                     extra = re.fullmatch(r"prune-opd\[(\w+)\]", package)
                     wheel = f"dist/prune_opd-{PROJECT['version']}-py3-none-any.whl"
                     assert package in (wheel, "verl[vllm]") or extra and extra[1] in PROJECT["optional-dependencies"]
+            case "docker":
+                in_a_container(rest)
+            case "sbatch":
+                assert (ROOT / rest[0]).is_file(), command
+            case "kubectl":
+                assert rest[:2] in (["create", "secret"], ["apply", "-f"]), command
+                assert rest[0] == "create" or (ROOT / rest[2]).is_file(), command
             case _ if first.rpartition("/")[2] == "python":
                 assert (ROOT / rest[0]).is_file(), command
             case _:

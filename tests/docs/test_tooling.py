@@ -51,20 +51,32 @@ def test_pins_name_no_local_build():
     assert not [str(pin) for pin in PINS.values() if "+" in str(pin.specifier)]
 
 
+def entries(*names: str) -> dict[str, str]:
+    """The public version of each package in lock files, each with the hashes of its files."""
+    locked = {}
+    for name in names:
+        for entry in re.split(r"\n(?=\S)", (ROOT / name).read_text().strip()):
+            if not entry.startswith("#"):
+                line, *hashes = entry.split(" \\\n")
+                assert hashes and all(re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}", text) for text in hashes), line
+                pin = Requirement(line)
+                locked[canonicalize_name(pin.name)] = Version(str(pin.specifier).removeprefix("==")).public
+    return locked
+
+
+def test_the_lock_of_the_image_has_the_pins_but_for_those_that_vllm_excludes():
+    locked = entries("vllm.lock")
+    pins = {name: str(pin.specifier).removeprefix("==") for name, pin in PINS.items()}
+    excluded = {"fastapi", "numpy", "setuptools"}  # NOT_WITH_VLLM of scripts/make_lock.py
+    assert {name for name in pins.keys() & locked.keys() if pins[name] != locked[name]} <= excluded
+    extras = PROJECT["optional-dependencies"]
+    wanted = [Requirement(r) for r in PROJECT["dependencies"] + extras["vllm"] + extras["liger"]]
+    assert all(Version(locked[canonicalize_name(r.name)]) in r.specifier for r in wanted)
+
+
 @pytest.mark.parametrize("torch", ["cpu", "cuda"])
 def test_the_lock_has_the_pins_and_a_hash_for_each(torch):
-    entries = [
-        entry
-        for name in ("requirements.lock", f"torch-{torch}.lock")
-        for entry in re.split(r"\n(?=\S)", (ROOT / name).read_text().strip())
-        if not entry.startswith("#")
-    ]
-    locked = {}
-    for entry in entries:
-        line, *hashes = entry.split(" \\\n")
-        assert hashes and all(re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}", text) for text in hashes), line
-        pin = Requirement(line)
-        locked[canonicalize_name(pin.name)] = Version(str(pin.specifier).removeprefix("==")).public
+    locked = entries("requirements.lock", f"torch-{torch}.lock")
     pins = {name: str(pin.specifier).removeprefix("==") for name, pin in PINS.items()}
     assert not {name for name in pins.keys() & locked.keys() if pins[name] != locked[name]}
     apart = {"vllm", "verl", "transferqueue", "cachetools", "fastapi"}  # in environments of their own
