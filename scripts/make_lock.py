@@ -57,7 +57,7 @@ def with_vllm() -> list[str]:
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("\n".join(pins))
         file.flush()
-        image = ["--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_28", "--generate-hashes"]
+        image = ["--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_36", "--generate-hashes"]
         command = ["pyproject.toml", "--extra", "vllm", "--extra", "liger", "--constraints", file.name, *image]
         found = run("uv", "pip", "compile", *command, "--no-header", "--no-annotate", "--quiet")
     return re.split(r"\n(?=\S)", found.strip())

@@ -7,6 +7,7 @@ tests/engines.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,7 +15,9 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -240,15 +243,23 @@ def test_torchrun_leaves_the_step_nearly_the_time_that_the_scheduler_does():
     assert all(30 <= int(found[name]) - int(left[name]) <= 60 for name in found), (found, left)
 
 
-def ended(process: subprocess.Popen, ready: Path, text: str) -> tuple[int, str]:
-    """Send SIGTERM once `ready` has the text; the exit status and what was said."""
-    end = time.monotonic() + 240
-    while process.poll() is None and not (ready.exists() and text in ready.read_text(encoding="utf-8")):
-        assert time.monotonic() < end, "it did not get there in four minutes"
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=240)
-    return process.returncode, said
+@contextlib.contextmanager
+def ended(command: list[str], env: dict[str, str], ready: Path, text: str) -> Iterator[tuple[int, str]]:
+    """Start it, and send SIGTERM once `ready` has the text: the exit status and what was said."""
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, env=env, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            end = time.monotonic() + 240
+            while process.poll() is None and not (ready.exists() and text in ready.read_text(encoding="utf-8")):
+                assert time.monotonic() < end, "it did not get there in four minutes"
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            code = process.wait(timeout=240)
+            said.seek(0)
+            yield code, said.read()
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # what a script that does not clean up leaves
+                os.killpg(process.pid, signal.SIGTERM)
 
 
 @pytest.mark.slow
@@ -270,12 +281,9 @@ def test_the_node_of_the_jobset_saves_and_exits_with_75(tmp_path):
     env = os.environ | {entry["name"]: entry["value"] for entry in NODE["env"]}
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), "JOB_COMPLETION_INDEX": "0"}
     env["PATH"] = f"{BIN}{os.pathsep}{env['PATH']}"
-    process = subprocess.Popen(
-        [*NODE["command"], script], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
     run = tmp_path / "runs/2x8"
-    code, said = ended(process, run / "metrics.jsonl", '"loss"')
-    assert code == RunInterrupted.exit_code == 75, said
+    with ended([*NODE["command"], script], env, run / "metrics.jsonl", '"loss"') as (code, said):
+        assert code == RunInterrupted.exit_code == 75, said
     assert "saved; continue with --resume auto" in said and list((run / "checkpoints").glob("step_*"))
 
 
@@ -297,11 +305,10 @@ def test_the_script_with_servers_stops_the_trainer_first_and_the_servers_last(tm
         "RUN_DIR": f"{tmp_path}/run",
     }
     command = ["bash", str(SCALE / "1x8-servers.sbatch")]
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    code, said = ended(process, log, "trainer starts")
-    assert code == RunInterrupted.exit_code, said
-    end = time.monotonic() + 10
-    while len(lines := log.read_text(encoding="utf-8").splitlines()) < 10 and time.monotonic() < end:
-        time.sleep(0.05)
+    with ended(command, env, log, "trainer starts") as (code, said):
+        assert code == RunInterrupted.exit_code, said
+        end = time.monotonic() + 10
+        while len(lines := log.read_text(encoding="utf-8").splitlines()) < 10 and time.monotonic() < end:
+            time.sleep(0.05)
     assert sorted(lines[:5]) == [*(f"server {gpu} starts" for gpu in (4, 5, 6, 7)), "trainer starts 0,1,2,3"]
     assert lines[5] == "trainer ends" and sorted(lines[6:]) == [f"server {gpu} ends" for gpu in (4, 5, 6, 7)]
