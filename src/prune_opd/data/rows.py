@@ -77,8 +77,9 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
                 f"{where}: not valid JSON ({error}); expected one object a line, in UTF-8; repair the line"
             ) from error
         if not isinstance(row, dict):
+            got = kind_of(row)
             raise DataError(
-                f'{where}: expected a JSON object such as {{"prompt": ...}}, got {kind_of(row)}; write one a line'
+                f'{where}: expected a JSON object such as {{"prompt": ...}}, got {got}; write one object a line'
             )
         yield where, row
 
