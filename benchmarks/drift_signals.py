@@ -37,8 +37,7 @@ from prune_opd.evaluation.graders import are_right
 from prune_opd.experiments.probe import Cuts, Pair, build_pair, right_continuations, scored_rollouts
 from prune_opd.experiments.rescue import auc
 from prune_opd.experiments.signals import drift_signals
-from prune_opd.training.build import build_problems, build_tokenizer
-from prune_opd.training.build_teachers import teacher_tokenizers
+from prune_opd.training.build import build_problems, build_tokenizers
 from prune_opd.training.calibration import teacher_written
 from prune_opd.types import Prompt, Rollouts
 
@@ -137,15 +136,15 @@ def measure(recipe: Path, problems: int, continuations: int, console: Console) -
     """Facts and signals of one pair."""
     config = with_settings(load_config(recipe), **{"evaluation.num_problems": problems})
     k = config.objective.top_k
-    tokenizer = build_tokenizer(config, teacher_tokenizers(config))
-    prompts = list(build_problems(config, tokenizer))
-    pair = build_pair(with_settings(config, **{"objective.top_k": 16}), prompts, tokenizer, console)
+    tokenizers = build_tokenizers(config)
+    prompts = list(build_problems(config, tokenizers[0]))
+    pair = build_pair(with_settings(config, **{"objective.top_k": 16}), prompts, tokenizers, console)
     rollouts, scores = scored_rollouts(pair, prompts, seed=0)
     sound, lengths = sound_lengths(pair, prompts, rollouts), rollouts.lengths.tolist()
     assert rollouts.student is not None
     overlap = topk_overlap(rollouts.student.ids[..., :k], scores.topk.ids[..., :k])
     signals = {name: detection(v.numpy(), lengths, sound) for name, v in drift_signals(rollouts, scores).items()}
-    pair = build_pair(config, prompts, tokenizer, console)
+    pair = build_pair(config, prompts, tokenizers, console)
     return {
         "facts": facts(pair, prompts, rollouts, overlap, sound),
         "rescued": rescues(pair, prompts, rollouts, sound, continuations),

@@ -15,8 +15,7 @@ from prune_opd.config import load_config
 from prune_opd.errors import ConfigError
 from prune_opd.experiments import probe as module
 from prune_opd.experiments.probe import Cuts, build_pair, cut_rollouts, probe, right_continuations, scored_rollouts
-from prune_opd.training.build import build_problems, build_tokenizer
-from prune_opd.training.build_teachers import teacher_tokenizers
+from prune_opd.training.build import build_problems, build_tokenizers
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 QUIET = Console(quiet=True)
@@ -26,9 +25,9 @@ QUIET = Console(quiet=True)
 def derail():
     """The derail pair, 12 problems and the student's scored rollouts."""
     config = load_config(RECIPES / "derail.toml", ["evaluation.num_problems=12"])
-    tokenizer = build_tokenizer(config, teacher_tokenizers(config))
-    prompts = build_problems(config, tokenizer)
-    pair = build_pair(config, prompts, tokenizer, QUIET)
+    tokenizers = build_tokenizers(config)
+    prompts = build_problems(config, tokenizers[0])
+    pair = build_pair(config, prompts, tokenizers, QUIET)
     return pair, prompts, *scored_rollouts(pair, prompts, seed=0)
 
 
@@ -110,8 +109,8 @@ def test_a_threshold_is_calibrated_first(monkeypatch):
     monkeypatch.setattr(module, "calibrate", lambda *_, **__: {"threshold": 0.25})
     monkeypatch.setattr(module, "calibration_text", lambda found: "")
     config = load_config(RECIPES / "derail.toml", ["pruning.threshold=auto", "evaluation.num_problems=1"])
-    tokenizer = build_tokenizer(config, teacher_tokenizers(config))
-    pair = build_pair(config, build_problems(config, tokenizer), tokenizer, QUIET)
+    tokenizers = build_tokenizers(config)
+    pair = build_pair(config, build_problems(config, tokenizers[0]), tokenizers, QUIET)
     assert pair.config.pruning.threshold == 0.25
 
 

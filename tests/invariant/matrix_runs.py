@@ -126,14 +126,14 @@ def _steps(case: str, folder: Path, world: World, stack: ExitStack) -> list[dict
 
 
 def _recorded(parts: Parts, step: int, world: World) -> dict[str, Any]:
-    prompts = [prompt.token_ids for prompt in prompts_of(parts.prompts, parts.config, step, None)]
+    prompts = prompts_of(parts.prompts, parts.config, step, None)
     before = _trained(parts.student)
     result = prune_opd_step(parts.run, step, prompts)
     gradients = _trained(parts.student, gradients=True)
     of_ranks = world.gather(_rows(result))
     return {
         "rollouts": sorted((row for rows in of_ranks for row in rows), key=lambda row: row["number"]),
-        "prompts": prompts,
+        "prompts": [prompt.token_ids for prompt in prompts],
         "loss": result.loss,
         "grad_norm": result.grad_norm,
         "before": before,

@@ -78,8 +78,15 @@ def test_a_rank_that_dies_within_a_checkpoint_is_not_called_a_full_disk(tmp_path
             checkpoint._save_shares = take
         student = tiny_model("llama")
         optimizer = torch.optim.AdamW(student.parameters())
-        settings = {"window": None, "budget": None, "totals": Totals(), "config": load_config(RECIPE, [])}
-        settings |= {"schedule": torch.optim.lr_scheduler.ConstantLR(optimizer), "tokenizer": None}
+        settings = {
+            "window": None,
+            "budget": None,
+            "teacher": None,
+            "totals": Totals(),
+            "config": load_config(RECIPE, []),
+        }
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+        settings |= {"schedule": schedule, "tokenizer": None, "config": load_config(RECIPE, [])}
         with pytest.raises(RuntimeError) as caught:
             save_checkpoint(tmp_path / "of", step=1, model=student, optimizer=optimizer, world=world, **settings)
         assert from_another_rank(caught.value), caught.value

@@ -10,10 +10,10 @@ from rich.console import Console
 
 from prune_opd.config import load_config
 from prune_opd.errors import ModelError
-from prune_opd.models.loading import load_student, load_tokenizer, one_end
+from prune_opd.models.loading import load_student, one_end
 from prune_opd.reporting.saturation import STEPS, saturated, when_saturated
-from prune_opd.training.build import build_ends
-from prune_opd.training.build_teachers import build_teacher, teacher_tokenizers
+from prune_opd.training.build import build_ends, build_tokenizers
+from prune_opd.training.build_teachers import build_teacher
 from prune_opd.training.trainer import Trainer
 
 PAD, EOS = 0, 1  # of the embedded tokenizer
@@ -34,8 +34,7 @@ def recipes(pytestconfig):
 def ends_of(path, *settings):
     config = load_config(path, list(settings))
     student = load_student(config, torch.device("cpu"))
-    tokenizer = load_tokenizer(config.model.model_name_or_path, config.model)
-    return build_ends(config, student, tokenizer, teacher_tokenizers(config)), student.generation_config.eos_token_id
+    return build_ends(config, student, *build_tokenizers(config)), student.generation_config.eos_token_id
 
 
 @pytest.mark.parametrize(

@@ -35,13 +35,14 @@ from prune_opd.rollout.events import drift_events
 from prune_opd.rollout.local import LocalSampler
 from prune_opd.teachers.local import LocalTeacher
 from prune_opd.training.build import (
+    Tokenizers,
     build_ends,
     build_problems,
     build_prompts,
     build_sampler,
-    build_tokenizer,
+    build_tokenizers,
 )
-from prune_opd.training.build_teachers import build_teacher, teacher_tokenizers
+from prune_opd.training.build_teachers import build_teacher
 from prune_opd.training.calibration import calibrate, calibration_text, with_known_threshold
 from prune_opd.training.environment import environment
 from prune_opd.training.files import check_writable, write_json
@@ -65,8 +66,11 @@ class Pair:
     positions: int | None
 
 
-def build_pair(config: Config, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, console: Console) -> Pair:
-    """The models of a recipe; γ is calibrated on these prompts where it is "auto". ConfigError for a served teacher."""
+def build_pair(config: Config, prompts: Sequence[Prompt], tokenizers: Tokenizers, console: Console) -> Pair:
+    """The models of a recipe; γ is calibrated on these prompts where it is "auto".
+
+    tokenizers: `build_tokenizers`. ConfigError for a teacher that is served, one of several, or reads other prompts.
+    """
     if config.model.teacher_model_server_url is not None:
         raise ConfigError(
             "a probe has the teacher write, and model.teacher_model_server_url names a server that only scores; leave "
@@ -81,7 +85,8 @@ def build_pair(config: Config, prompts: Sequence[Prompt], tokenizer: PreTrainedT
         torch.set_num_threads(config.training.threads)
     device = models.resolve_device(config.training.device)
     student = models.load_student(config, device)
-    ends = build_ends(config, student, tokenizer, teacher_tokenizers(config))
+    tokenizer, _ = tokenizers
+    ends = build_ends(config, student, *tokenizers)
     teacher, vocab_size = build_teacher(config, student, tokenizer, None, device=device, ends=ends)
     assert isinstance(teacher, LocalTeacher)
     width = config.data.max_prompt_length + config.longest_response
@@ -205,9 +210,9 @@ def probe(
     if json_path:
         check_writable(json_path.parent)
     config = with_settings(config, **{"model.compile": False, "evaluation.num_problems": problems})
-    of_teachers = teacher_tokenizers(config)
-    tokenizer = build_tokenizer(config, of_teachers)
-    prompts = build_problems(config, tokenizer) or build_prompts(config, tokenizer, of_teachers).batch(0, problems)
+    tokenizers = build_tokenizers(config)
+    tokenizer, _ = tokenizers
+    prompts = build_problems(config, tokenizer) or build_prompts(config, *tokenizers).batch(0, problems)
     check_gradable(prompts, "a probe", "name other problems with evaluation.data")
     most = len(prompts) * (1 + 2 * lengths * continuations)
     console.print(
@@ -216,7 +221,7 @@ def probe(
         highlight=False,
     )
     began = time.perf_counter()
-    pair = build_pair(config, prompts, tokenizer, console)
+    pair = build_pair(config, prompts, tokenizers, console)
     config, seed = pair.config, pair.config.training.seed
     sampling = time.perf_counter()
     rollouts, scores = scored_rollouts(pair, prompts, seed)

@@ -29,8 +29,15 @@ from prune_opd.rewards import load_reward
 from prune_opd.rollout.events import drift_events
 from prune_opd.serving.client import Servers
 from prune_opd.teachers.local import LocalTeacher
-from prune_opd.training.build import build_ends, build_problems, build_prompts, build_sampler, build_tokenizer
-from prune_opd.training.build_teachers import build_teacher, served_teachers, teacher_tokenizers
+from prune_opd.training.build import (
+    Tokenizers,
+    build_ends,
+    build_problems,
+    build_prompts,
+    build_sampler,
+    build_tokenizers,
+)
+from prune_opd.training.build_teachers import build_teacher, served_teachers
 from prune_opd.training.calibration import (
     Written,
     candidates_along,
@@ -44,7 +51,6 @@ from prune_opd.types import Prompt, Rollouts
 T = TypeVar("T")
 Whose = Literal["teacher", "student"]
 Status = Literal["ok", "warning", "failed", "skipped"]
-Tokenizers = tuple[PreTrainedTokenizerBase, list[PreTrainedTokenizerBase]]  # the student's, and of each teacher
 
 
 @dataclass(frozen=True)
@@ -111,8 +117,7 @@ def _label(config: Config, number: int) -> str:
 
 
 def _tokenizers(config: Config, say: Tell) -> Tokenizers:
-    theirs = teacher_tokenizers(config)
-    ours = build_tokenizer(config, theirs)
+    ours, theirs = build_tokenizers(config)
     say("tokenizers", "ok", f"{len(ours.get_vocab()):,} tokens, each with the same id for student and teacher")
     return ours, theirs
 

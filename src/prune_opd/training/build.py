@@ -41,7 +41,6 @@ from prune_opd.training.build_teachers import (
     build_teacher,
     build_view,
     served_teachers,
-    teacher_tokenizers,
 )
 from prune_opd.training.calibration import calibrate, calibration_text
 from prune_opd.training.checkpoint import load_weights
@@ -99,8 +98,7 @@ def build_parts(
         torch.set_num_threads(config.training.threads)
     seed_everything(config.training.seed)
     device = models.resolve_device(config.training.device)
-    theirs = teacher_tokenizers(config)
-    tokenizer = build_tokenizer(config, theirs)
+    tokenizer, theirs = build_tokenizers(config)
     prompts = build_prompts(config, tokenizer, theirs)
     reward = build_reward(config, tokenizer)
     problems = build_problems(config, tokenizer)
@@ -164,12 +162,16 @@ def build_parts(
     )
 
 
-def build_tokenizer(config: Config, theirs: Sequence[PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
-    """The student's; TokenizerError when a teacher's gives tokens other ids. theirs: `teacher_tokenizers`."""
+Tokenizers = tuple[PreTrainedTokenizerBase, list[PreTrainedTokenizerBase]]  # the student's, and of each teacher
+
+
+def build_tokenizers(config: Config) -> Tokenizers:
+    """The student's, and each teacher's; TokenizerError when a teacher's gives tokens other ids."""
     tokenizer = models.load_tokenizer(config.model.model_name_or_path, config.model)
+    theirs = [models.load_tokenizer(one.model.teacher_model_name_or_path, one.model) for one in config.each_teacher]
     for other in theirs:
         models.check_token_maps(tokenizer, other)
-    return tokenizer
+    return tokenizer, theirs
 
 
 def build_ends(
@@ -180,7 +182,7 @@ def build_ends(
 ) -> tuple[int, ...]:
     """The ids that count as one end, by `data.end_tokens`; the student then ends a response with each of them.
 
-    They are written into its generation settings, so that they are saved with it. theirs: `teacher_tokenizers`.
+    They are written into its generation settings, so that they are saved with it. theirs: the teachers' tokenizers.
     """
     names = [one.model.teacher_model_name_or_path for one in config.each_teacher]
     ours = models.end_ids(student.generation_config, tokenizer)
@@ -201,7 +203,7 @@ def ends_text(ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
 def build_prompts(
     config: Config, tokenizer: PreTrainedTokenizerBase, theirs: Sequence[PreTrainedTokenizerBase]
 ) -> PromptSource:
-    """What the student is trained on, and what its teachers read of it. theirs: `teacher_tokenizers`.
+    """What the student is trained on, and what its teachers read of it. theirs: the tokenizers of the teachers.
 
     DataError where the recipe's reward grades and a prompt has no gold answer.
     """

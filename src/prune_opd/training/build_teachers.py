@@ -26,15 +26,10 @@ from prune_opd.training.files import write_json
 from prune_opd.training.moving_teacher import MovingTeacher
 
 
-def teacher_tokenizers(config: Config) -> list[PreTrainedTokenizerBase]:
-    """The tokenizer of each teacher."""
-    return [models.load_tokenizer(one.model.teacher_model_name_or_path, one.model) for one in config.each_teacher]
-
-
 def build_view(
     config: Config, tokenizer: PreTrainedTokenizerBase, theirs: Sequence[PreTrainedTokenizerBase]
 ) -> TeacherView | None:
-    """What the teachers read of a prompt; None where that is what the student reads. theirs: `teacher_tokenizers`.
+    """What the teachers read of a prompt; None where that is what the student reads. theirs: their tokenizers.
 
     Raises ConfigError for a template that cannot be used.
     """
